@@ -1,0 +1,66 @@
+"""The command table, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from compress.cli import view
+from compress.cli.prune import prune, resume
+from compress.cli.train import train
+from compress.errors import CompressError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+app = typer.Typer(
+    name="compress",
+    help="From a pretrained network to a smaller ONNX file that is proved equal and measured faster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+COMMANDS: tuple[Callable[..., None], ...] = (prune, train, resume)
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """The same command, ending with one line of error text and the exit code of what went wrong."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except CompressError as error:
+            if options.get("verbose"):
+                view.traceback()
+            view.error(str(error))
+            raise SystemExit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            view.error("interrupted")
+            raise SystemExit(INTERRUPTED) from error
+        except BrokenPipeError as error:  # the reader of stdout has gone, e.g. `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from error
+        except Exception as error:  # the last line of defence: never a bare stack trace
+            if options.get("verbose"):
+                view.traceback()
+            text = (str(error).strip().splitlines() or [""])[0]
+            view.error(f"unexpected {type(error).__name__}: {text} (run with -v for the traceback, and please report it)")
+            raise SystemExit(1) from error
+
+    return run
+
+
+for _command in COMMANDS:
+    app.command()(guarded(_command))
+
+
+def main() -> None:
+    """The `compress` script."""
+    app()

@@ -1,0 +1,77 @@
+"""The user's own code: functions named on the command line, imported from the current folder or a file."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from compress.errors import LoadError
+
+
+@contextmanager
+def importable(name: str) -> Iterator[None]:
+    """Have the current folder (and a named file's own folder) on sys.path while the user's code is imported and run."""
+    place = name.rpartition(":")[0]
+    before = list(sys.path)
+    if place not in ("", "timm", "torchvision"):
+        sys.path.insert(0, str(Path.cwd()))
+    if place.endswith(".py"):
+        sys.path.insert(0, str(Path(place).resolve().parent))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def function(name: str) -> Callable[..., Any]:
+    """The function that `pkg.module:function` or `path/to/file.py:function` names; call it inside `importable`.
+
+    Raises:
+        LoadError: it cannot be imported, is absent, or is nothing that builds a network.
+    """
+    place, _, attribute = name.rpartition(":")
+    try:
+        module = _file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except (Exception, SystemExit) as error:
+        raise LoadError(f"--arch {name}: {place} cannot be imported: {line(error)}") from error
+    try:
+        builder = getattr(module, attribute)
+    except AttributeError as error:
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise LoadError(f"--arch {name}: {place} has no {attribute!r}{close_to(attribute, public)}") from error
+    if isinstance(builder, nn.Module) or not callable(builder):
+        kind = type(builder).__name__
+        raise LoadError(f"--arch {name}: {attribute} is a {kind}: name a function that builds the network")
+    return builder  # type: ignore[no-any-return]
+
+
+def _file(path: Path) -> Any:
+    unique = f"compress_arch_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    specification = importlib.util.spec_from_file_location(unique, path)
+    assert specification is not None and specification.loader is not None, path
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[unique] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module
+
+
+def line(error: BaseException) -> str:
+    """An exception of any code as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def close_to(name: str, options: Iterable[str]) -> str:
+    """" (did you mean X?)" for a misspelled name, or nothing."""
+    close = " or ".join(difflib.get_close_matches(name, list(options), n=3))
+    return close and f" (did you mean {close}?)"

@@ -1,0 +1,201 @@
+"""Files measured in turn, A B B A, round after round, so that whatever else the machine does hits all of them alike."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress.bench import identity, machine
+from compress.bench.child import draw
+from compress.bench.fresh import measure_fresh
+from compress.bench.results import Comparison, Latency, Measurement, Runtime, Speedup
+from compress.bench.session import Input, available, input_signature, one_line, open_session, runtime_errors
+from compress.bench.speedup import RESOLUTION, compare
+from compress.errors import MeasureError
+
+BLOCK_SECONDS = 0.004  # of timed inferences in a row: far above the clock's resolution, below a scheduler's time slice
+WARM_UP = 3  # inferences before each block: the first allocates, the next ones still fill caches
+FEWEST_ROUNDS = 5  # even past the time limit: a bootstrap over fewer says nothing
+NARROW = 0.01  # half the width of a speed-up's interval, relative, at which measuring ends
+CHECK_EVERY = 5  # rounds between two looks at the width
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What is asked of every file alike."""
+
+    batch: int
+    threads: int
+    runtime: Runtime
+    rounds: int
+    seconds: float
+    seed: int
+
+
+@dataclass
+class _Track:
+    """What is known so far of one file."""
+
+    path: Path
+    name: str
+    signature: tuple[Input, ...]
+    feeds: dict[str, Any]
+    rounds: list[float] = field(default_factory=list)  # ms per inference, one value a round
+    singles: list[float] = field(default_factory=list)  # ms, one value an inference
+    warmup: int = 0
+
+
+def benchmark(
+    files: Sequence[Path], *, batch: int = 1, threads: int = 1, runtime: Runtime = "ort-cpu", rounds: int = 20,
+    seconds: float = 20.0, seed: int = 0, shape: Sequence[int] | None = None,
+    on_round: Callable[[int, int], None] | None = None,
+) -> Comparison:  # fmt: skip
+    """Measure all files together, and each after the first against the first.
+
+    At least `rounds` rounds are made (20: the interval of a median needs about as many), and more until every speed-up
+    is known to 1 % or `seconds` have passed (20 s: two small networks need 2, a busy machine all of it). Inputs are
+    noise made from each file's own signature and `seed`; `shape` (one image, without the batch) is needed only where
+    the file leaves height or width open. `on_round` gets the rounds made and the rounds now expected.
+
+    Raises:
+        LoadError: a file is missing or not ONNX.
+        MeasureError: the runtime is not active, the threads exceed the processors, or the batch does not fit the file.
+    """
+    setting = _Setting(batch, threads, runtime, rounds, seconds, seed)
+    _check(files, setting)
+    tracks = []
+    for path, name in zip(files, identity.names(files), strict=True):
+        signature = input_signature(open_session(path, threads=threads, runtime=runtime), batch=batch, shape=shape)
+        tracks.append(_Track(path, name, signature, draw(signature, seed)))
+    conditions = _conditions(setting)
+    with machine.pinned(threads) as cpus:
+        fresh = [measure_fresh(track.path, signature=track.signature, threads=threads, runtime=runtime, seed=seed)
+                 for track in tracks]  # fmt: skip
+        start = time.monotonic()
+        speedups = _rounds(tracks, setting, on_round)
+    conditions |= {"pinned_cpus": list(cpus) if cpus else None, "rounds": len(tracks[0].rounds),
+                   "seconds": round(time.monotonic() - start, 2)}  # fmt: skip
+    measurements = tuple(
+        Measurement(file=track.name, **identity.size(track.path), load_ms=new.load_ms, first_ms=new.first_ms,
+                    peak_memory_bytes=new.peak_memory_bytes, latency=_latency(track, setting))
+        for track, new in zip(tracks, fresh, strict=True)
+    )  # fmt: skip
+    return Comparison(measurements=measurements, speedups=speedups, conditions=conditions)
+
+
+def _check(files: Sequence[Path], setting: _Setting) -> None:
+    if not files or setting.batch < 1 or setting.threads < 1 or setting.rounds < 1:
+        given = f"{len(files)} files, batch {setting.batch}, threads {setting.threads}, rounds {setting.rounds}"
+        raise MeasureError(f"{given}: each must be at least 1")
+    cpus = len(machine.allowed_cpus())
+    if setting.threads > cpus:
+        raise MeasureError(f"{setting.threads} threads on {cpus} processors measure the scheduler; use at most {cpus}")
+
+
+def _rounds(
+    tracks: Sequence[_Track], setting: _Setting, on_round: Callable[[int, int], None] | None
+) -> tuple[Speedup, ...]:
+    """Make rounds until the speed-ups are narrow or the time is over."""
+    start = time.monotonic()
+    for done in itertools.count(1):
+        with _no_collection():
+            _round(tracks if done % 2 else tracks[::-1], setting)
+        elapsed = time.monotonic() - start
+        speedups = _speedups(tracks, setting.seed) if done % CHECK_EVERY == 0 else ()
+        # Looking at the width alone, never at the value, favours neither verdict.
+        narrow = len(speedups) == len(tracks) - 1 and all(_is_narrow(speedup) for speedup in speedups)
+        late = elapsed >= setting.seconds and done >= FEWEST_ROUNDS
+        finished = late or (narrow and done >= setting.rounds)
+        if on_round:
+            most = max(done + 1, int(done * setting.seconds / elapsed))
+            on_round(done, done if finished else max(done + 1, min(setting.rounds, most)))
+        if finished:
+            break
+    return _speedups(tracks, setting.seed)
+
+
+def _round(order: Sequence[_Track], setting: _Setting) -> None:
+    """Each file once in the given order and once in the reverse order: a steady drift cancels in the mean."""
+    there = [_block(track, setting) for track in order]
+    back = [_block(track, setting) for track in reversed(order)]
+    for track, first, second in zip(order, there, reversed(back), strict=True):
+        track.rounds.append((first + second) / 2)
+
+
+def _block(track: _Track, setting: _Setting) -> float:
+    """Median ms of single inferences in a row, in a session opened for this block and closed after it.
+
+    Only one session is open at a time: the worker threads of an idle one keep spinning for milliseconds and take the
+    processors from the other (with 2 threads, two copies of one file then differ by half and more). A new session also
+    draws anew where memory comes to lie, which would otherwise favour one of two equal files all through a comparison.
+    """
+    opened = time.perf_counter()
+    session = open_session(track.path, threads=setting.threads, runtime=setting.runtime)
+    try:
+        for _ in range(WARM_UP):
+            session.run(None, track.feeds)
+    except runtime_errors() as error:
+        raise MeasureError(f"{track.name} does not run at batch {setting.batch} on noise: {one_line(error)}") from error
+    track.warmup += WARM_UP
+    warm = time.perf_counter()
+    stop = warm + max(BLOCK_SECONDS, (warm - opened) / 2)  # the slower the load, the more inferences it has to pay for
+    times: list[float] = []
+    end = warm
+    while end < stop:
+        begin = time.perf_counter()
+        session.run(None, track.feeds)
+        end = time.perf_counter()
+        times.append((end - begin) * 1e3)
+    track.singles += times
+    return float(np.median(times))
+
+
+def _speedups(tracks: Sequence[_Track], seed: int) -> tuple[Speedup, ...]:
+    first = tracks[0]
+    return tuple(compare(first.rounds, track.rounds, names=(first.name, track.name), seed=seed) for track in tracks[1:])
+
+
+def _is_narrow(speedup: Speedup) -> bool:
+    return (speedup.high - speedup.low) / (2 * speedup.value) <= NARROW + RESOLUTION
+
+
+def _latency(track: _Track, setting: _Setting) -> Latency:
+    p50, p90, p99 = (float(value) for value in np.percentile(track.singles, [50, 90, 99]))
+    return Latency(
+        p50=p50, p90=p90, p99=p99, mean=float(np.mean(track.singles)), batch=setting.batch, threads=setting.threads,
+        runtime=setting.runtime, n=len(track.singles), warmup=track.warmup, throughput=1e3 * setting.batch / p50,
+        samples=tuple(track.rounds),
+    )  # fmt: skip
+
+
+def _conditions(setting: _Setting) -> dict[str, Any]:
+    """The machine as it is just before measuring."""
+    return machine.describe() | {
+        "onnxruntime": machine.package_version("onnxruntime") or machine.package_version("onnxruntime-gpu"),
+        "runtime": setting.runtime, "batch": setting.batch, "threads": setting.threads, "seed": setting.seed,
+        "load_average": [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "unavailable": {name: reason for name, reason in available().items() if reason},
+    }  # fmt: skip
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection inside a timing; restored at the end."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -1,0 +1,187 @@
+"""What a network costs, tensor by tensor, and what it would cost at other widths; no forward pass per question.
+
+Every cost here is a sum over tensors of (price of one element) * (number of elements). A width enters the number of
+elements of each tensor that a group's slices name, so the cost at any widths is a polynomial in them, evaluated in
+microseconds. MACs: one multiply-add, per image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from compress.errors import PruneError
+from compress.groups import Group
+
+Metric = Literal["params", "macs", "size"]
+METRICS: dict[Metric, str] = {
+    "params": "learned parameters",
+    "macs": "multiply-adds per image",
+    "size": "bytes of all weights and statistics, as an uncompressed file holds them",
+}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The shape of every tensor and the price of one of its elements, by metric."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    prices: Mapping[Metric, Mapping[str, float]]
+    fixed: Mapping[Metric, float]  # what belongs to no tensor: products of two activations
+    unknown: tuple[str, ...]  # operators with multiply-adds that are not counted
+
+    def total(self, metric: Metric) -> float:
+        """The cost of the network as it stands: a count, MACs per image, or bytes."""
+        return self.fixed[metric] + sum(p * math.prod(self.shapes[n]) for n, p in self.prices[metric].items())
+
+
+def measure(model: nn.Module, example: Tensor) -> Costs:
+    """Price every tensor of a network by one forward pass in evaluation mode.
+
+    Args:
+        model: left as it was. On the CPU or a GPU.
+        example: (N, C, H, W); MACs are divided by N.
+
+    Raises:
+        PruneError: the network does not run on `example`.
+    """
+    state = model.state_dict(keep_vars=True)
+    learned = {name for name, p in model.named_parameters() if p.requires_grad}
+    counter = _MacCounter({t.data_ptr(): name for name, t in state.items() if t.dim() > 1}, example.shape[0])
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), counter:
+            model(example)
+    except RuntimeError as error:
+        raise PruneError(f"the network does not run on shape {tuple(example.shape)}: {error}") from error
+    finally:
+        model.train(was_training)
+    return Costs(
+        shapes={name: tuple(t.shape) for name, t in state.items()},
+        prices={
+            "params": {name: 1.0 for name in state if name in learned},
+            "size": {name: float(t.element_size()) for name, t in state.items() if t.is_floating_point()},
+            "macs": dict(counter.prices),
+        },
+        fixed={"params": 0.0, "size": 0.0, "macs": counter.fixed},
+        unknown=tuple(sorted(counter.unknown)),
+    )
+
+
+def by_layer(costs: Costs, metric: Metric) -> dict[str, float]:
+    """The cost of every layer (the owner of the tensors) by its path."""
+    layers: dict[str, float] = defaultdict(float)
+    for name, price in costs.prices[metric].items():
+        layers[name.rpartition(".")[0]] += price * math.prod(costs.shapes[name])
+    return dict(layers)
+
+
+class Widths:
+    """The cost of a network as a function of how many channels each group keeps."""
+
+    def __init__(self, groups: Sequence[Group], costs: Costs, metric: Metric) -> None:
+        dims: dict[str, list[list[tuple[str, int]]]] = {}  # tensor -> axis -> (group, indices per channel)
+        for group in groups:
+            for part in group.slices:
+                if part.name in costs.prices[metric]:
+                    axes = dims.setdefault(part.name, [[] for _ in costs.shapes[part.name]])
+                    axes[part.dim].append((group.name, part.block))
+        self.metric = metric
+        self.size = {group.name: group.size for group in groups}
+        self.kept = dict(self.size)
+        self._shapes = costs.shapes
+        self._prices = costs.prices[metric]
+        self._dims = dims
+        self._tensors: dict[str, list[str]] = defaultdict(list)
+        for name, axes in dims.items():
+            for group_name in {found for axis in axes for found, _ in axis}:
+                self._tensors[group_name].append(name)
+        self._rest = costs.total(metric) - sum(self._cost(name) for name in dims)
+
+    def total(self) -> float:
+        """The whole network's cost at the widths in `kept`."""
+        return self._rest + sum(self._cost(name) for name in self._dims)
+
+    def change(self, group: str, kept: int) -> float:
+        """By how much the total falls when `group` keeps `kept` channels and all others stay as they are."""
+        before = sum(self._cost(name) for name in self._tensors[group])
+        old, self.kept[group] = self.kept[group], kept
+        after = sum(self._cost(name) for name in self._tensors[group])
+        self.kept[group] = old
+        return before - after
+
+    def neighbours(self, group: str) -> set[str]:
+        """The groups whose prices change when this one's width does."""
+        return {found for name in self._tensors[group] for axis in self._dims[name] for found, _ in axis}
+
+    def _cost(self, name: str) -> float:
+        elements = 1
+        for full, axis in zip(self._shapes[name], self._dims[name], strict=True):
+            elements *= full - sum(block * (self.size[group] - self.kept[group]) for group, block in axis)
+        return self._prices[name] * elements
+
+
+# --- multiply-adds, operator by operator ----------------------------------------------------------------------------
+
+
+def _conv(args: Sequence[Any], out: Tensor) -> tuple[Tensor | None, float]:
+    """Convolution: each weight is used once per output place, or once per input place when transposed."""
+    places = args[0].shape[2:] if args[6] else out.shape[2:]
+    return args[1], float(out.shape[0] * math.prod(places))
+
+
+def _addmm(args: Sequence[Any], out: Tensor) -> tuple[Tensor | None, float]:
+    return args[2], float(args[1].shape[0])  # (rows, I) @ (I, O): each weight once per row
+
+
+def _mm(args: Sequence[Any], out: Tensor) -> tuple[Tensor | None, float]:
+    return args[1], float(args[0].shape[0])
+
+
+def _bmm(args: Sequence[Any], out: Tensor) -> tuple[Tensor | None, float]:
+    return args[1], float(args[0].shape[1])
+
+
+aten = torch.ops.aten
+_MACS: dict[Any, Callable[[Sequence[Any], Tensor], tuple[Tensor | None, float]]] = {
+    aten.convolution.default: _conv,
+    aten.addmm.default: _addmm,
+    aten.mm.default: _mm,
+    aten.bmm.default: _bmm,
+}
+_UNCOUNTED = ("einsum", "lstm", "gru", "rnn", "cdist", "grid_sampler", "attention", "baddbmm", "matmul")
+
+
+class _MacCounter(TorchDispatchMode):
+    """Notes, for each weight, how many multiply-adds one of its elements takes part in per image."""
+
+    def __init__(self, names: Mapping[int, str], images: int) -> None:
+        super().__init__()
+        self.prices: dict[str, float] = defaultdict(float)
+        self.fixed = 0.0
+        self.unknown: set[str] = set()
+        self._names = names
+        self._images = images
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        rule = _MACS.get(func)
+        if rule is not None:
+            weight, uses = rule(args, out)
+            assert weight is not None
+            name = self._names.get(weight.data_ptr())
+            if name is None:  # a weight made on the way, or a second activation: no tensor to price
+                self.fixed += uses * weight.numel() / self._images
+            else:
+                self.prices[name] += uses / self._images
+        elif any(word in str(func) for word in _UNCOUNTED):
+            self.unknown.add(str(func))
+        return out

@@ -1,0 +1,306 @@
+"""From a torch network to an ONNX file that has been proved equal to it, or no file at all."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from importlib import metadata as installed
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from compress.bench.session import one_line, open_session, runtime_errors
+from compress.errors import CompressError, ParityError
+from compress.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+TOOL = "compress-to-onnx"
+TINY = 2.0**-100  # a weight above it times an activation above 2**-26 (float32 resolves 2**-24 of 1) stays normal
+TOLERANCE = 1e-4  # of the output's scale: sums in another order differ by 1e-7 to 1e-5, a wrong layer by 1e-2
+LEAST_SCALE = 1e-6  # an output of smaller rms would be equal to anything: freshly initialised heads give 0 or 1e-10
+BATCHES = (1, 2, 17)  # the usual one, the exported one, and one that no tracer has guessed
+LARGEST = 2**31 - 1  # bytes a protobuf message may have; larger networks would need a second file
+
+Exporter = Literal["dynamo", "legacy", "unknown"]
+Array = NDArray[Any]
+# What the exporters let through: their own errors, and those of tracing, decomposition and conversion beneath them.
+_EXPORTER_ERRORS = (torch.onnx.OnnxExporterError, RuntimeError, TypeError, ValueError, LookupError, AttributeError,
+                    AssertionError)  # fmt: skip
+
+
+class Proof(BaseModel, frozen=True, extra="forbid"):
+    """How equal a file is to its network, taken where the difference relative to the output's scale is largest.
+
+    `top1` and `top1_torch` (percent, on a whole split) are left to whoever has the split: proof.model_copy(update=...).
+    """
+
+    max_abs_diff: float
+    output_scale: float  # rms of torch's output
+    relative: float  # max_abs_diff / output_scale
+    tolerance: float
+    batches: tuple[int, ...]
+    top1_agreement: float | None  # percent of the proof's images with the same largest output; None without classes
+    top1: float | None = None  # by ONNX Runtime
+    top1_torch: float | None = None
+    exporter: Exporter
+    flushed: int  # weights set to zero because they were in or near the denormal range
+    opset: int
+
+
+def to_onnx(
+    model: nn.Module, example: Tensor, path: Path, *,
+    metadata: Mapping[str, str] | None = None, tolerance: float = TOLERANCE, opset: int | None = None,
+) -> Proof:  # fmt: skip
+    """Flush tiny weights, export with a dynamic batch, prove the file equal to the network, only then name it `path`.
+
+    The network is left as it was but for the flushed weights. `example` (N, C, H, W) holds real, normalised inputs. The
+    input is called "images"; the output "logits", or "out_0", "out_1", ... where there are several (tuples and dicts in
+    the order of torch's pytree). `opset` is the exporter's own by default, which needs no version conversion. Whatever
+    was at `path` before is gone, also after a failure.
+
+    Raises:
+        ParityError: the file differs from the network, at some batch size, by more than `tolerance` times the output's
+            rms, or the output is almost zero or not finite, so that nothing would be proved.
+        CompressError: the network is too large for one file, or no exporter can express it.
+    """
+    images = _tile(example, 2)
+    path.unlink(missing_ok=True)
+    flushed = flush_tiny(model)
+    network = _plain(model)
+    size = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+    if size > LARGEST:
+        raise CompressError(f"the network holds {size} bytes; one ONNX file can hold {LARGEST}; prune it further first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        exporter = _export(network, images, temporary, opset)
+        _finish(temporary, exporter=exporter, flushed=flushed, given=metadata or {})
+        return _prove(network, temporary, example, tolerance, path.name)
+
+
+def prove(model: nn.Module, path: Path, inputs: Tensor, *, tolerance: float = TOLERANCE) -> Proof:
+    """Compare an ONNX file with the network at batch 1, 2 and 17, in float32 on the CPU; a Proof, or an error.
+
+    `inputs` (N, C, H, W) are real and normalised; they are repeated where there are fewer than a batch needs.
+
+    Raises:
+        ParityError: the outputs differ in number, shape or value, are not finite, or are almost zero.
+        LoadError: the file cannot be loaded.
+    """
+    return _prove(_plain(model), path, inputs, tolerance, path.name)
+
+
+def flush_tiny(model: nn.Module) -> int:
+    """Set parameters below TINY to exact zero, in place; their number.
+
+    Products with numbers in the denormal range (below 1.2e-38) take a processor up to a hundred times longer; a sparse
+    fine-tune leaves many. Zeros cost nothing extra. Buffers stay: a tiny variance is a divisor.
+    """
+    flushed = 0
+    for parameter in (parameter for parameter in model.parameters() if parameter.is_floating_point()):
+        tiny = (parameter.detach().abs() < TINY) & (parameter.detach() != 0)
+        if count := int(tiny.sum()):
+            parameter.detach().masked_fill_(tiny, 0.0)
+            flushed += count
+    return flushed
+
+
+def predict(path: Path, batches: Iterable[Tensor | Array], *, threads: int | None = None) -> Iterator[Array]:
+    """The file's first output for each batch (N, C, H, W), by ONNX Runtime; torch's number of threads by default.
+
+    Raises:
+        LoadError: the file cannot be loaded; raised here, not at the first batch.
+        ParityError: the file does not run on a batch.
+    """
+    session = open_session(path, threads=threads or torch.get_num_threads())
+    return (_run(session, torch.as_tensor(batch), path.name)[0] for batch in batches)
+
+
+def top1(path: Path, loader: Iterable[tuple[Tensor, Tensor]], *, threads: int | None = None) -> float:
+    """Percent, 0-100, of the loader's normalised images that ONNX Runtime puts into the labelled class."""
+    session, right, total = open_session(path, threads=threads or torch.get_num_threads()), 0, 0
+    for images, labels in loader:
+        right += int((_run(session, images, path.name)[0].argmax(1) == labels.numpy(force=True)).sum())
+        total += len(labels)
+    if not total:
+        raise CompressError(f"no images to measure the top-1 of {path.name} on; give a split that is not empty")
+    return 100.0 * right / total
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What to_onnx wrote into the file (metadata_props): tool, tool_version, exporter, flushed and the caller's own."""
+    return dict(open_session(path, threads=1).get_modelmeta().custom_metadata_map)
+
+
+def _prove(network: nn.Module, file: Path, inputs: Tensor, tolerance: float, name: str) -> Proof:
+    session = open_session(file, threads=torch.get_num_threads())
+    worst = (-1.0, 0.0, 0.0)  # relative, max_abs_diff, output_scale
+    agreed: list[Array] = []
+    for batch in BATCHES:
+        images = _tile(inputs, batch)
+        expected, actual = _outputs(network, images), _run(session, images, name)
+        if len(actual) != len(expected):
+            raise ParityError(f"{name} has {len(actual)} outputs, the network {len(expected)}: not the same network")
+        for index, (wanted, got) in enumerate(zip(expected, actual, strict=True)):
+            worst = max(worst, _difference(wanted, got, f"output {index} of {name} at batch {batch}"))
+        if expected[0].ndim > 1 and expected[0].shape[1] > 1:
+            agreed.append((expected[0].argmax(1) == actual[0].argmax(1)).ravel())
+    if len(inputs) > 1 and np.ptp(expected[0], axis=0).max() < LEAST_SCALE * worst[2]:
+        logger.warning("the network gives the same output for different images: equality with %s proves little", name)
+    relative, difference, scale = worst
+    if not relative <= tolerance:
+        raise ParityError(f"{name} differs from the network by {difference:.3g} where its output has rms {scale:.3g}, "
+                          f"a share of {relative:.3g}; allowed is {tolerance:.3g}")  # fmt: skip
+    own = session.get_modelmeta().custom_metadata_map
+    exporters: dict[str | None, Exporter] = {"dynamo": "dynamo", "legacy": "legacy"}
+    return Proof(
+        max_abs_diff=difference, output_scale=scale, relative=relative, tolerance=tolerance, batches=BATCHES,
+        top1_agreement=100.0 * float(np.concatenate(agreed).mean()) if agreed else None,
+        exporter=exporters.get(own.get("exporter"), "unknown"), flushed=int(own.get("flushed", "0")),
+        opset=_opset(file),
+    )  # fmt: skip
+
+
+def _difference(wanted: Array, got: Array, where: str) -> tuple[float, float, float]:
+    """(relative, max_abs_diff, rms of wanted), or ParityError where they cannot be compared."""
+    if wanted.shape != got.shape:
+        raise ParityError(f"{where} has shape {got.shape}, the network's {wanted.shape}: is a batch size fixed in it?")
+    wanted, got = wanted.astype(np.float64), got.astype(np.float64)
+    for values, whose in ((wanted, "of the network"), (got, "by ONNX Runtime")):
+        if not np.isfinite(values).all():
+            raise ParityError(f"{where} holds NaN or Inf {whose}; check the weights and the inputs")
+    scale = math.sqrt(float(np.square(wanted).mean())) if wanted.size else 0.0
+    if scale < LEAST_SCALE:
+        raise ParityError(f"{where} is almost zero (rms {scale:.3g}, wanted at least {LEAST_SCALE:g}): equality would "
+                          "prove nothing; train the network first, or give real inputs")  # fmt: skip
+    difference = float(np.abs(wanted - got).max())
+    return difference / scale, difference, scale
+
+
+def _opset(file: Path) -> int:
+    import onnx
+
+    imports = onnx.load(file, load_external_data=False).opset_import
+    return next((int(entry.version) for entry in imports if entry.domain in ("", "ai.onnx")), 0)
+
+
+def _outputs(network: nn.Module, images: Tensor) -> list[Array]:
+    try:
+        with torch.no_grad():
+            leaves = pytree.tree_leaves(network(images))
+    except RuntimeError as error:
+        raise ParityError(f"the network does not run at shape {tuple(images.shape)}: {one_line(error)}") from error
+    return [leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _run(session: Any, images: Tensor, name: str) -> list[Array]:
+    inputs = session.get_inputs()
+    if len(inputs) != 1:
+        raise ParityError(f"{name} takes {len(inputs)} inputs; a network of one input is wanted")
+    try:
+        return list(session.run(None, {inputs[0].name: images.to("cpu", torch.float32).numpy(force=True)}))
+    except runtime_errors() as error:
+        raise ParityError(f"{name} does not run at shape {tuple(images.shape)}: {one_line(error)}") from error
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """A float32 copy in evaluation mode and contiguous memory on the CPU, free of torch.compile and accelerate."""
+    network: nn.Module = copy.deepcopy(getattr(model, "_orig_mod", model))
+    if vars(network).pop("_original_forward", None) is not None:  # accelerate's mixed precision, bound to the original
+        vars(network).pop("forward", None)
+    network.to("cpu", torch.float32).eval().requires_grad_(False)
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data = tensor.data.contiguous()  # out of channels-last
+    return network
+
+
+def _tile(images: Tensor, batch: int) -> Tensor:
+    """The first `batch` images, from the start again where there are fewer."""
+    if images.ndim < 2 or not len(images):
+        raise CompressError(f"example inputs of shape {tuple(images.shape)} hold no batch; give (N, C, H, W)")
+    return images.detach().to("cpu", torch.float32)[torch.arange(batch) % len(images)].contiguous()
+
+
+def _export(network: nn.Module, images: Tensor, target: Path, opset: int | None) -> Exporter:
+    """Write the file by the dynamo exporter, or by the legacy one where that fails; which one it was."""
+    count = len(_outputs(network, images))
+    outputs = ["logits"] if count == 1 else [f"out_{index}" for index in range(count)]
+    asked: dict[str, Any] = {"input_names": ["images"], "output_names": outputs, "opset_version": opset}
+    asked |= {"f": str(target), "verbose": False, "external_data": False}
+    try:
+        with _silence():
+            shapes = ({0: torch.export.Dim("batch")},)
+            torch.onnx.export(network, (images,), dynamo=True, dynamic_shapes=shapes, **asked)
+        return "dynamo"
+    except _EXPORTER_ERRORS as error:
+        logger.warning("the dynamo exporter failed, trying the legacy one: %s", one_line(error.__cause__ or error))
+    try:
+        with _silence():
+            axes = {name: {0: "batch"} for name in ("images", *outputs)}
+            torch.onnx.export(network, (images,), dynamo=False, dynamic_axes=axes, **asked)
+    except _EXPORTER_ERRORS as error:
+        raise CompressError(f"neither ONNX exporter can express the network: {one_line(error)}") from error
+    return "legacy"
+
+
+def _finish(target: Path, *, exporter: Exporter, flushed: int, given: Mapping[str, str]) -> None:
+    """In place: flush what folding batch norm made tiny, drop the exporter's notes (they hold paths), add metadata."""
+    import onnx
+
+    proto = onnx.load(target)
+    readers = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+    weights = {name for node in proto.graph.node if node.op_type in readers for name in node.input}
+    for tensor in proto.graph.initializer:
+        if tensor.name in weights and tensor.data_type == onnx.TensorProto.FLOAT:
+            values = onnx.numpy_helper.to_array(tensor)
+            tiny = (np.abs(values) < TINY) & (values != 0)
+            if tiny.any():
+                tensor.CopyFrom(onnx.numpy_helper.from_array(np.where(tiny, np.float32(0), values), tensor.name))
+                flushed += int(tiny.sum())
+    _strip(proto.graph)
+    for function in proto.functions:
+        _strip(function)
+    version = "unknown"
+    with suppress(installed.PackageNotFoundError):
+        version = installed.version(TOOL)
+    own = {"tool": TOOL, "tool_version": version, "exporter": exporter, "flushed": str(flushed)}
+    del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, {**given, **own})
+    target.write_bytes(proto.SerializeToString())
+
+
+def _strip(graph: Any) -> None:
+    """Remove notes and documentation from a graph or function, its nodes and the graphs inside them."""
+    parts = [graph, *graph.node, *graph.value_info]
+    if hasattr(graph, "initializer"):  # a function has none, and its inputs and outputs are plain names
+        parts += [*graph.input, *graph.output, *graph.initializer]
+    for part in parts:
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            _strip(inner)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep in the exporters' printing, warnings and logging: what matters is raised, and the file proved after."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)

@@ -1,0 +1,64 @@
+"""The parts of a group that carry weights: its filters, the columns that read them, and the norms behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from torch import Tensor, nn
+
+from compress.groups.types import Group, Slice
+from compress.structure import owner
+
+Side = Literal["out", "in"]  # the filters that make the channels, or the weights that read them
+Norm = nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm
+
+
+def weights(model: nn.Module, group: Group, sides: tuple[Side, ...] = ("out",)) -> Iterator[tuple[Slice, Tensor]]:
+    """The learned weights (two axes or more) of a group on the given sides; fixed ones (no gradient) do not count."""
+    for part in group.slices:
+        module, leaf = owner(model, part.name)
+        tensor = getattr(module, leaf)
+        if tensor.dim() > 1 and tensor.requires_grad and side(module, part) in sides:
+            yield part, tensor
+
+
+def side(module: nn.Module, part: Slice) -> Side:
+    """Whether a weight's slice makes the channels ("out") or reads them ("in"); a transposed layer has them swapped."""
+    out_axis = 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
+    return "out" if part.dim == out_axis else "in"
+
+
+def rows(tensor: Tensor, part: Slice, size: int) -> Tensor:
+    """All elements of one tensor that belong to each channel: -> (size, elements per channel)."""
+    held = tensor.movedim(part.dim, 0)[part.offset : part.offset + size * part.block]
+    return held.reshape(size, -1)
+
+
+def scales(model: nn.Module, group: Group) -> Iterator[tuple[str, Tensor]]:
+    """The scale vectors (size,) of the norms that the group's channels pass, with the path of their layer."""
+    for part in group.slices:
+        module, leaf = owner(model, part.name)
+        if leaf == "weight" and isinstance(module, Norm) and part.block == 1:
+            tensor = getattr(module, leaf)
+            yield part.name.rpartition(".")[0], tensor[part.offset : part.offset + group.size]
+
+
+def norm_behind(model: nn.Module) -> dict[str, str]:
+    """Layer path -> the path of the batch norm registered right behind it with as many channels.
+
+    Registration order stands for the order of use, as in conv1, bn1, conv2, bn2; a layer followed by anything else
+    has no entry.
+    """
+    pairs: dict[str, str] = {}
+    before: tuple[str, int] | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            before = (name, module.out_channels)
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if before is not None and before[1] == module.num_features:
+                pairs[before[0]] = name
+            before = None
+        elif isinstance(module, nn.Linear):
+            before = None
+    return pairs

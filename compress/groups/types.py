@@ -1,0 +1,32 @@
+"""The two values that describe coupled channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where the channels of a group lie in one tensor.
+
+    Channel `c` owns the indices `offset + c * block` to `offset + (c + 1) * block - 1` along `dim`.
+    """
+
+    name: str  # a key of model.state_dict()
+    dim: int  # the axis
+    block: int = 1  # indices one channel spans: head_dim, or H*W after a flatten
+    offset: int = 0  # where channel 0 starts: 0, D, 2D in a fused qkv; a concatenation's shift
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that must be kept or removed together, in every tensor that `slices` names."""
+
+    name: str  # the layer whose output channels these are
+    size: int
+    slices: tuple[Slice, ...]
+    frozen: str | None = None  # why it cannot be cut, or None
+
+    def freeze(self, reason: str) -> Group:
+        """The same group, marked as not to be cut; the first reason given stays."""
+        return self if self.frozen else replace(self, frozen=reason)

@@ -1,0 +1,225 @@
+"""Which channels stay: `select` spends a target, `apply` cuts; a Plan between them is names and indices, no tensors."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from compress.cost import Costs, Metric, Widths
+from compress.errors import PruneError, TargetError, UsageError
+from compress.groups import Group, cut
+
+Scores = Mapping[str, Tensor]  # group name -> (size,) float32 on the CPU; larger = keep
+Allocation = Literal["global", "uniform"]
+ALLOCATIONS: dict[Allocation, str] = {
+    "global": "all layers compete: the lowest score per cost leaves first, wherever it is",
+    "uniform": "every layer keeps about the same share of its channels, its highest scores",
+}
+
+
+class Plan(BaseModel, frozen=True):
+    """What to keep, and what came of the rounding."""
+
+    kept: dict[str, tuple[int, ...]]  # group name -> the channels that remain, ascending
+    metric: str
+    keep: float  # the share asked for
+    reached: float  # the share that the analytic cost of these widths gives
+    unaligned: dict[str, int] = {}  # groups whose width is no multiple of the block asked for -> that width
+
+
+def select(
+    groups: Sequence[Group],
+    scores: Scores,
+    costs: Costs,
+    *,
+    keep: float,
+    metric: Metric = "params",
+    round_to: int = 1,
+    adapt: bool = False,
+    allocation: Allocation = "global",
+    floor: float = 0.0,
+) -> Plan:
+    """Choose the channels to keep so that the cost falls to at most `keep` of the whole, and as little below as blocks allow.
+
+    Args:
+        scores: group name -> (size,), larger = keep. Compared across groups after division by the group's mean.
+        keep: share of `metric` that may remain, 0 < keep <= 1.
+        round_to: widths become multiples of this block of channels (or stay whole).
+        adapt: take a smaller power of two for a group whose block is too coarse for the target (`round_to auto`).
+        allocation: how layers compete, a key of ALLOCATIONS.
+        floor: no group keeps less than this share of the width that an even cut to `keep` would leave it, 0 to 1.
+            Guards a global ranking against layers of one channel.
+
+    Raises:
+        UsageError: `keep` or `round_to` out of range. PruneError: nothing can be cut.
+        TargetError: out of reach; carries the lowest reachable share.
+    """
+    if not 0 < keep <= 1:
+        raise UsageError(f"the share to keep is {keep}; it must be above 0 and at most 1")
+    if round_to < 1:
+        raise UsageError(f"round_to is {round_to}; it must be at least 1")
+    free = [group for group in groups if group.frozen is None]
+    if not free:
+        raise PruneError("no group of channels may be cut; `compress inspect` names the reasons")
+    for group in free:
+        _check(group, scores)
+    even = math.sqrt(keep)  # a cost that grows with the product of two widths falls to `keep` at this share of each
+    blocks = {group.name: _block(group, round_to, even if adapt else None) for group in free}
+    least = {group.name: _least(group, blocks[group.name], floor * even) for group in free}
+    widths = Widths(groups, costs, metric)
+    _make_reachable(widths, blocks, least, keep, adapt=adapt)
+    order = {group.name: scores[group.name].argsort(descending=True, stable=True).tolist() for group in free}
+    worth = {group.name: _worth(scores[group.name], order[group.name]) for group in free}
+    _descend(widths, blocks, least, worth, keep=keep, allocation=allocation)
+    kept = {name: tuple(sorted(ranked[: widths.kept[name]])) for name, ranked in order.items()}
+    return Plan(
+        kept=kept,
+        metric=metric,
+        keep=keep,
+        reached=widths.total() / costs.total(metric),
+        unaligned={n: len(k) for n, k in kept.items() if len(k) % round_to and len(k) < widths.size[n]},
+    )
+
+
+def apply(model: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
+    """Cut the network to `plan`, in place, once.
+
+    Raises:
+        PruneError: the plan names a group that is unknown, frozen or of another size; the network is untouched then.
+    """
+    known = {group.name: group for group in groups}
+    for name, channels in plan.kept.items():
+        group = known.get(name)
+        if group is None:
+            raise PruneError(f"the plan names the group {name!r}, which this network does not have")
+        if group.frozen and len(channels) < group.size:
+            raise PruneError(f"the plan cuts {name}, which is frozen: {group.frozen}")
+        if not channels or sorted(set(channels)) != list(channels) or channels[-1] >= group.size or channels[0] < 0:
+            raise PruneError(f"the plan keeps channels {str(channels)[:60]} of {name}, which has {group.size}")
+    cut(model, groups, plan.kept)
+
+
+def _check(group: Group, scores: Scores) -> None:
+    found = scores.get(group.name)
+    if found is None or tuple(found.shape) != (group.size,):
+        raise PruneError(f"no scores of shape ({group.size},) for the group {group.name}")
+    if not bool(found.isfinite().all()):
+        raise PruneError(f"the scores of {group.name} are not finite")
+
+
+def _block(group: Group, round_to: int, even: float | None) -> int:
+    """The rounding of one group: heads and other wide channels are units of their own."""
+    if any(part.block > 1 and part.dim == 0 for part in group.slices):
+        return 1
+    if even is None:
+        return round_to
+    block = round_to
+    while block > 1 and block > group.size * even:
+        block //= 2
+    return block
+
+
+def _least(group: Group, block: int, share: float) -> int:
+    wanted = max(1, math.ceil(group.size * share))
+    return min(group.size, math.ceil(wanted / block) * block)
+
+
+def _make_reachable(
+    widths: Widths, blocks: dict[str, int], least: dict[str, int], keep: float, *, adapt: bool
+) -> None:
+    """Give up the floor, then (`adapt`) halve the widest blocks, until the target can be reached or nothing is left."""
+    target = keep * widths.total()
+    if _lowest(widths, least) > target:
+        least.update({name: min(block, widths.size[name]) for name, block in blocks.items()})
+    while adapt and max(blocks.values()) > 1 and _lowest(widths, least) > target:
+        widest = max(blocks.values())
+        for name, block in blocks.items():
+            if block == widest:
+                blocks[name] = least[name] = block // 2
+
+
+def _lowest(widths: Widths, least: Mapping[str, int]) -> float:
+    before = dict(widths.kept)
+    widths.kept.update(least)
+    total = widths.total()
+    widths.kept.update(before)
+    return total
+
+
+def _worth(score: Tensor, order: Sequence[int]) -> list[float]:
+    """Scores in falling order, in units of the group's mean; their running sum from the best one on."""
+    ranked = score.double()[list(order)].clamp(min=0)
+    mean = float(ranked.mean())
+    return [0.0, *torch.cumsum(ranked / mean if mean > 0 else ranked, 0).tolist()]
+
+
+def _descend(
+    widths: Widths,
+    blocks: Mapping[str, int],
+    least: Mapping[str, int],
+    worth: Mapping[str, Sequence[float]],
+    *,
+    keep: float,
+    allocation: Allocation,
+) -> None:
+    """Narrow `widths.kept`, block by block, to the target; then give back what still fits."""
+    dense = widths.total()
+    target = keep * dense
+
+    def below(name: str) -> int:
+        return (widths.kept[name] - 1) // blocks[name] * blocks[name]
+
+    def key(name: str) -> float:
+        kept, lower = widths.kept[name], below(name)
+        if allocation == "uniform":
+            return -kept / widths.size[name]
+        saved = widths.change(name, lower)
+        return (worth[name][kept] - worth[name][lower]) / saved if saved > 0 else math.inf
+
+    total = dense
+    version = dict.fromkeys(blocks, 0)
+    heap = [(key(name), name, 0) for name in blocks if below(name) >= least[name]]
+    heapq.heapify(heap)
+    while total > target * (1 + 1e-12):
+        if not heap:
+            raise TargetError(
+                f"the target {keep:g} of the {widths.metric} is out of reach; the lowest reachable share is "
+                f"{total / dense:.4g}: ask for that, or for a smaller --round-to",
+                lowest=total / dense,
+            )
+        _, name, seen = heapq.heappop(heap)
+        if seen != version[name]:
+            continue
+        total -= widths.change(name, below(name))
+        widths.kept[name] = below(name)
+        stale = {name} if allocation == "uniform" else widths.neighbours(name) & blocks.keys()
+        for other in stale:
+            version[other] += 1
+            if below(other) >= least[other]:
+                heapq.heappush(heap, (key(other), other, version[other]))
+    _give_back(widths, blocks, worth, target)
+
+
+def _give_back(widths: Widths, blocks: Mapping[str, int], worth: Mapping[str, Sequence[float]], target: float) -> None:
+    """Return blocks, the most valuable per cost first, while the total stays at or below the target."""
+    total = widths.total()
+    while True:
+        best: tuple[float, str, int, float] | None = None
+        for name, block in blocks.items():
+            kept = widths.kept[name]
+            wider = min(widths.size[name], (kept // block + 1) * block)
+            cost = -widths.change(name, wider)
+            if wider > kept and total + cost <= target:
+                value = (worth[name][wider] - worth[name][kept]) / max(cost, 1e-30)
+                best = max(best or (value, name, wider, cost), (value, name, wider, cost))
+        if best is None:
+            return
+        _, name, wider, cost = best
+        widths.kept[name] = wider
+        total += cost

@@ -1,0 +1,142 @@
+"""Recipe: every knob of a run, frozen, checked once, saved beside every output. `pipeline` alone opens it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compress.errors import UsageError
+
+Metric = Literal["params", "macs", "size"]
+_FROZEN = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelPart(BaseModel):
+    """The network to prune. `path` and `arch` are what the command line was given, made absolute."""
+
+    model_config = _FROZEN
+    path: str = Field(description="checkpoint file")
+    arch: str = Field("", description="--arch; empty: from the file's metadata or by matching shapes")
+    arch_args: dict[str, Any] = Field(default_factory=dict, description="--arch-arg key=value")
+
+
+class DataPart(BaseModel):
+    """The images. Sizes and normalisation come from the checkpoint's metadata where it has them."""
+
+    model_config = _FROZEN
+    source: str = Field("", description="--data; empty: the data set that the checkpoint names")
+    image_size: int | None = Field(None, ge=4, description="pixels a side; None: the network's input size")
+    val_share: float = Field(0.1, gt=0, lt=1, description="share of train held out when no val split is given")
+    augment: Literal["auto", "none", "crop", "flip-crop"] = Field("auto", description="auto: by data set, no flips of digits")
+    max_unreadable: float = Field(0.01, ge=0, le=1, description="share of unreadable images that fails the run above it")
+
+
+class PrunePart(BaseModel):
+    """How much leaves, and which channels."""
+
+    model_config = _FROZEN
+    method: str = Field("halo", description="a regulariser with its own score, or a score alone")
+    regularize: tuple[str, ...] = Field((), description="further regularisers, added to the method's")
+    score: str = Field("", description="importance; empty: the method's own")
+    keep: float = Field(0.5, gt=0, le=1, description="share of the metric that remains")
+    metric: Metric = Field("params", description="what `keep` is a share of")
+    round_to: int | Literal["auto"] = Field("auto", description="channel block; auto: the machine's vector unit")
+    allocation: Literal["global", "uniform"] = Field("global", description="how layers compete")
+    floor: float = Field(0.5, ge=0, le=1, description="least width of a layer, as a share of the even width")
+    rounds: int = Field(1, ge=1, le=100, description="sparse training and cut, this often, on a geometric path to keep")
+    penalty_share: float = Field(0.1, ge=0, le=10, description="penalty at the start, as a share of the task loss")
+    strength: float | None = Field(None, gt=0, description="factor on the method's own penalty; None: by penalty_share")
+
+
+class TrainPart(BaseModel):
+    """The loop. Defaults are those of the ResNet and CIFAR literature unless a line says otherwise."""
+
+    model_config = _FROZEN
+    epochs: int | None = Field(None, ge=1, description="all phases together; None: enough for 2,500 steps, at least 6")
+    sparse_share: float = Field(0.4, gt=0, lt=1, description="share of the epochs that train towards sparsity")
+    batch_size: int = Field(128, ge=2, description="images a step (He et al., arXiv 1512.03385)")
+    lr: float = Field(0.05, gt=0, description="peak, for batch 128; half of the from-scratch 0.1: weights are pretrained")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of a phase's steps with rising rate")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="off: distillation softens the labels already")
+    clip_norm: float = Field(5.0, gt=0, description="largest norm of the gradient")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
+    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: when the phase is long enough")
+    distill: float = Field(0.9, ge=0, le=1, description="weight of the dense model's soft labels after a cut; 0: off")
+    temperature: float = Field(4.0, gt=0, description="of the soft labels (Hinton et al., arXiv 1503.02531)")
+    trackers: tuple[str, ...] = Field((), description="experiment trackers that accelerate knows, e.g. tensorboard")
+
+
+class BenchPart(BaseModel):
+    """What the final latencies are measured with."""
+
+    model_config = _FROZEN
+    batch: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1)
+    runtime: str = Field("ort-cpu")
+
+
+class Recipe(BaseModel):
+    """All of it. `seed` fixes splits, order, augmentation and initialisation; `threads` are those of training."""
+
+    model_config = _FROZEN
+    model: ModelPart
+    data: DataPart = Field(default_factory=DataPart)
+    prune: PrunePart = Field(default_factory=PrunePart)
+    train: TrainPart = Field(default_factory=TrainPart)
+    bench: BenchPart = Field(default_factory=BenchPart)
+    seed: int = Field(0, ge=0, lt=2**31)
+    device: str = Field("auto", description="cpu, cuda, cuda:N; auto: cuda where there is one")
+    threads: int | None = Field(None, ge=1, description="CPU threads of training; None: torch's default")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def make(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Check nested values, with `section.key=value` overrides on top, and freeze them.
+
+    Raises:
+        UsageError: an unknown key or a value out of range; names the key, the value and what is allowed.
+    """
+    merged: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        section, _, key = path.rpartition(".")
+        if not equals or section.count("."):
+            raise UsageError(f"--set {text!r} is not of the form section.key=value, e.g. train.lr=0.01")
+        place = merged.setdefault(section, {}) if section else merged
+        place[key] = yaml.safe_load(value)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise UsageError(_first_error(error)) from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The values of a recipe file (YAML), not checked yet.
+
+    Raises:
+        UsageError: no such file, or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"the recipe {path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"the recipe {path} holds no mapping of sections (model, data, prune, train, bench)")
+    return values
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"the recipe has no key {name!r}; see `compress prune --help` and CONTRIBUTING.md for the keys"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{name} = {first['input']!r}: {first['msg'][0].lower() + first['msg'][1:]}{more}"

@@ -1,0 +1,179 @@
+"""FFR: short and straight paths of the features through the layers (Wu, Lan, Zhang and Xiang, arXiv 2106.02914)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from compress.groups import Group
+from compress.groups.parts import norm_behind, rows, weights
+
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Mish)
+
+
+class Ffr:
+    """k1 * mean_s mean_l m(x_{l+1} - x_l) + k2 * mean_s mean_l m(x_{l+1} - 2 x_l + x_{l-1}), m(v) = mean |v|.
+
+    The mean runs over segments s, each a maximal run of consecutive features of equal shape, and over the places l in
+    it. Features are the outputs of residual blocks (and what enters a run of them), or, in a network without any, the
+    outputs of its activations. In an identity block the first difference is the residual branch, so that the length
+    acts on whole channels of that branch. Gradients flow to both ends. The details are ours: the paper gives the idea
+    of length and curvature, not the norm.
+
+    Args:
+        k1, k2: weights of length and curvature, 1e-3 to 1 in the paper.
+        norm: `l1`, mean |v|, or `l2`, mean v^2.
+        curvature: `second-difference`, or `angle`: 1 - cos of consecutive first differences.
+        align: `skip` starts a new segment where the shape changes; `pad` joins the two by 2x2 average pooling and
+            zero channels, which plain networks need to have more than a few pairs.
+        samples: images of each batch that the penalty looks at, None for all. A subset estimates the same mean.
+    """
+
+    def __init__(
+        self,
+        *,
+        k1: float = 1e-2,
+        k2: float = 1e-2,
+        norm: Literal["l1", "l2"] = "l1",
+        curvature: Literal["second-difference", "angle"] = "second-difference",
+        align: Literal["skip", "pad"] = "skip",
+        samples: int | None = 32,
+    ) -> None:
+        if min(k1, k2) < 0 or k1 + k2 == 0:
+            raise ValueError(f"k1 = {k1} and k2 = {k2} must be at least 0, and one of them above it")
+        self.k1, self.k2 = k1, k2
+        self.norm, self.curvature, self.align, self.samples = norm, curvature, align, samples
+        self._features: list[Tensor] = []
+        self._last: Tensor | None = None  # the newest output, to know when a block starts from something else
+        self._handles: list[RemovableHandle] = []
+        self._model: nn.Module | None = None
+        self._groups: tuple[Group, ...] = ()
+
+    def attach(self, model: nn.Module, groups: Sequence[Group]) -> None:
+        """Watch the features of `model`; `groups` are those that `scores` speaks of."""
+        self._model, self._groups = model, tuple(groups)
+        watched = feature_modules(model)
+        if not watched:
+            raise ValueError("the network has neither residual blocks in a sequence nor activation modules to watch")
+        self._handles = [model.register_forward_pre_hook(lambda module, inputs: self._features.clear())]
+        self._handles += [module.register_forward_hook(self._record) for module in watched.values()]
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return ()
+
+    def penalty(self) -> Tensor:
+        """Length and curvature of the features of the last forward pass in training mode, shape ()."""
+        if not self._features:
+            raise RuntimeError("no features: call penalty() after a forward pass in training mode")
+        segments = self.segments(self._features)
+        self._features, self._last = [], None
+        lengths = [self._mean([self._size(b - a) for a, b in _pairs(x)]) for x in segments]
+        bends = [self._mean([self._bend(*at) for at in zip(x, x[1:], x[2:], strict=False)]) for x in segments if len(x) > 2]
+        return self.k1 * self._mean(lengths) + self.k2 * self._mean(bends)
+
+    def segments(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Maximal runs, of two or more, of features of equal shape; one run after `pad` alignment."""
+        runs: list[list[Tensor]] = []
+        for feature in features:
+            if runs and self.align == "pad" and runs[-1][-1].shape != feature.shape and feature.dim() == 4:
+                runs[-1] = [_fit(x, feature) for x in runs[-1]]
+            if runs and runs[-1][-1].shape == feature.shape:
+                runs[-1].append(feature)
+            else:
+                runs.append([feature])
+        return [run for run in runs if len(run) > 1]
+
+    def after_step(self) -> None:
+        """Nothing to project."""
+
+    def scores(self) -> Mapping[str, Tensor]:
+        """|gamma| * ||W||_1 of each filter, relative to its layer's largest, averaged over the group's layers.
+
+        Ours: the penalty acts on features, which can shrink through the batch norm's scale alone.
+        """
+        assert self._model is not None
+        behind = norm_behind(self._model)
+        state = self._model.state_dict()
+        found: dict[str, Tensor] = {}
+        for group in self._groups:
+            layers = []
+            for part, tensor in weights(self._model, group):
+                strength = rows(tensor.detach(), part, group.size).abs().sum(1)
+                norm = behind.get(part.name.rpartition(".")[0])
+                if norm is not None:
+                    strength = strength * state[f"{norm}.weight"][part.offset :][: group.size].abs()
+                layers.append(strength / strength.max().clamp(min=1e-30))
+            mean = torch.stack(layers).mean(0) if layers else torch.ones(group.size)
+            found[group.name] = mean.float().cpu()
+        return found
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._features, self._last, self._groups, self._model = [], [], None, (), None
+
+    def scale_penalty(self, factor: float) -> None:
+        self.k1 *= factor
+        self.k2 *= factor
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"k1": self.k1, "k2": self.k2}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.k1, self.k2 = float(state["k1"]), float(state["k2"])
+
+    def _record(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not (module.training and torch.is_grad_enabled() and isinstance(output, Tensor)):
+            return
+        entered = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
+        if not isinstance(module, ACTIVATIONS) and entered is not None and entered.shape == output.shape:
+            if self._last is not entered:
+                self._features.append(entered[: self.samples])
+        self._features.append(output[: self.samples])
+        self._last = output
+
+    def _mean(self, values: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(values)).mean() if values else torch.zeros(())
+
+    def _size(self, difference: Tensor) -> Tensor:
+        flat = difference.float()
+        return flat.abs().mean() if self.norm == "l1" else flat.square().mean()
+
+    def _bend(self, before: Tensor, here: Tensor, after: Tensor) -> Tensor:
+        if self.curvature == "second-difference":
+            return self._size(after - 2 * here + before)
+        cosine = F.cosine_similarity((after - here).flatten(1).float(), (here - before).flatten(1).float())
+        return (1 - cosine).mean()
+
+
+def feature_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """What FFR watches, by path: blocks of two or more weight layers that stand in a sequence, else all activations."""
+    blocks: dict[str, nn.Module] = {}
+    for path, container in model.named_modules():
+        if isinstance(container, nn.Sequential | nn.ModuleList):
+            for name, child in container.named_children():
+                weighted = sum(isinstance(m, nn.modules.conv._ConvNd | nn.Linear) for m in child.modules())
+                if weighted > 1 and not isinstance(child, nn.Sequential | nn.ModuleList):
+                    blocks[f"{path}.{name}" if path else name] = child
+    inner = {id(m) for block in blocks.values() for m in block.modules() if m is not block}
+    blocks = {path: block for path, block in blocks.items() if id(block) not in inner}
+    if blocks:
+        return blocks
+    return {path: module for path, module in model.named_modules() if isinstance(module, ACTIVATIONS)}
+
+
+def _pairs(run: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
+    return zip(run, run[1:], strict=False)
+
+
+def _fit(feature: Tensor, like: Tensor) -> Tensor:
+    """(N, C, H, W) -> the shape of `like`: 2x2 average pooling while too large, then zero channels; else unchanged."""
+    while feature.shape[-1] > like.shape[-1] and feature.shape[-2] > like.shape[-2]:
+        feature = F.avg_pool2d(feature, 2)
+    missing = like.shape[1] - feature.shape[1]
+    return F.pad(feature, (0, 0, 0, 0, 0, missing)) if missing > 0 else feature

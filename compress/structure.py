@@ -1,0 +1,141 @@
+"""Module integers that follow tensor shapes: how a network takes on the widths of its tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import LoadError
+
+
+def _conv(module: Any) -> None:
+    out_channels, in_per_group = module.weight.shape[:2]  # (O, I/groups, *k)
+    if module.groups == module.in_channels > 1:  # depthwise: each input channel feeds O/I filters of its own
+        module.groups = out_channels // (module.out_channels // module.groups)
+    module.out_channels, module.in_channels = out_channels, in_per_group * module.groups
+
+
+def _conv_transpose(module: Any) -> None:
+    in_channels, out_per_group = module.weight.shape[:2]  # (I, O/groups, *k)
+    if module.groups == module.in_channels > 1:
+        module.groups = in_channels
+    module.in_channels, module.out_channels = in_channels, out_per_group * module.groups
+
+
+def _linear(module: Any) -> None:
+    module.out_features, module.in_features = module.weight.shape
+
+
+def _norm(module: Any) -> None:
+    module.num_features = (module.weight if module.weight is not None else module.running_mean).shape[0]
+
+
+def _group_norm(module: Any) -> None:
+    module.num_channels = module.weight.shape[0]
+
+
+def _layer_norm(module: Any) -> None:
+    module.normalized_shape = tuple(module.weight.shape)
+
+
+def _prelu(module: Any) -> None:
+    module.num_parameters = module.weight.numel()
+
+
+def _embedding(module: Any) -> None:
+    module.num_embeddings, module.embedding_dim = module.weight.shape
+
+
+# What each kind of module must be told after its tensors changed shape. Subclasses are matched too, first row wins.
+INTEGERS: dict[type[nn.Module], Callable[[nn.Module], None]] = {
+    nn.modules.conv._ConvTransposeNd: _conv_transpose,
+    nn.modules.conv._ConvNd: _conv,
+    nn.Linear: _linear,
+    nn.modules.batchnorm._NormBase: _norm,
+    nn.GroupNorm: _group_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _layer_norm,
+    nn.PReLU: _prelu,
+    nn.Embedding: _embedding,
+}
+
+
+def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the tensor `name` (a key of `model.state_dict()`), and the tensor's attribute name."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def resize(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put `tensors` in the place of the model's own, whatever their shapes, and set the module integers along.
+
+    Args:
+        model: changed in place; parameters stay parameters (with their `requires_grad`), buffers stay buffers, and a
+            parameter that several modules share stays shared.
+        tensors: keys of `model.state_dict()` -> the new values, taken over without a copy.
+
+    Raises:
+        LoadError: a name the model does not have, or a tensor with another number of dimensions; nothing is changed.
+    """
+    holders = _holders(model)
+    for name, value in tensors.items():
+        if name not in holders:
+            raise LoadError(f"the network has no tensor {name!r}")
+        module, leaf = owner(model, name)
+        if (old := getattr(module, leaf)).dim() != value.dim():
+            raise LoadError(f"{name} has {value.dim()} dimensions where the network has {old.dim()}")
+    touched: dict[nn.Module, None] = {}
+    for name, value in tensors.items():
+        for module, leaf in holders[name]:
+            old = getattr(module, leaf)
+            if old.shape != value.shape:
+                touched[module] = None
+        new = value.detach()
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        for module, leaf in holders[name]:
+            setattr(module, leaf, new)
+    for module in touched:
+        update = next((rule for kind, rule in INTEGERS.items() if isinstance(module, kind)), None)
+        if update is not None:
+            update(module)
+
+
+def underived(model: nn.Module, dense: nn.Module) -> dict[str, dict[str, int]]:
+    """The module integers of a cut network that its tensors do not tell, for `checkpoint.save(..., integers=...)`.
+
+    Args:
+        model: the cut network.
+        dense: the network it was cut from, or one built anew; not changed.
+
+    Returns:
+        module path -> {attribute: value} wherever `resize`, starting from `dense`, arrives at another value.
+    """
+    rebuilt = copy.deepcopy(dense)
+    resize(rebuilt, model.state_dict())
+    found: dict[str, dict[str, int]] = {}
+    for path, module in rebuilt.named_modules():
+        wanted = vars(model.get_submodule(path))
+        for name, value in vars(module).items():
+            if type(value) is int and type(wanted.get(name)) is int and wanted[name] != value:
+                found.setdefault(path, {})[name] = wanted[name]
+    return found
+
+
+def same_device(model: nn.Module) -> torch.device:
+    """The device of the model's first tensor, the CPU for a model without any."""
+    first = next(iter(model.state_dict(keep_vars=True).values()), None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+def _holders(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Every tensor's name -> all places it is held in: one, or more for a shared one."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    for name, value in state.items():
+        places.setdefault(id(value), []).append(owner(model, name))
+    return {name: places[id(value)] for name, value in state.items()}

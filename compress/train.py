@@ -1,0 +1,383 @@
+"""Training: one loop for every phase, with regularisers, distillation and a state that survives a kill.
+
+An epoch is a pure function of (state, seed, epoch): order, augmentation and dropout are seeded by them, so that a run
+resumed at the last finished epoch ends with the same weights as an unbroken one on the same machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress.data import Loader
+from compress.errors import DivergedError
+from compress.files import atomic_path
+from compress.regularize import Regularizer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger(__name__)
+COMPILE_SECONDS = 60.0  # what torch.compile takes for a network of CIFAR size on two cores (measured: 45 for ResNet-20)
+COMPILE_GAIN = 0.2  # of a step's time, measured for ResNet-20 in bf16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one phase trains. Units and sources: compress/recipe.py, TrainPart."""
+
+    epochs: int
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.1
+    label_smoothing: float = 0.0
+    clip_norm: float = 5.0
+    distill: float = 0.0
+    temperature: float = 4.0
+    penalty_share: float | None = None  # calibrate the regularisers at the start; None: as they are
+    keep_best: bool = False  # end with the weights of the best validation epoch, not the last
+    compile: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a phase stands; top1 in percent on the validation split, None until the epoch's end."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    penalty: float
+    images_per_second: float
+    seconds_left: float
+    top1: float | None = None
+
+
+@dataclass
+class Outcome:
+    """What a phase leaves behind, beside the trained network."""
+
+    history: list[dict[str, float]] = field(default_factory=list)  # per epoch: loss, penalty, val_top1, lr, seconds
+    best_top1: float = -1.0
+    best_epoch: int = -1
+    last_top1: float = -1.0
+    strengths: list[dict[str, float]] = field(default_factory=list)
+
+
+def accelerator(device: str = "auto", precision: str = "auto", trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
+    """The accelerate object of a run: device, autocast and processes.
+
+    precision `auto` takes bf16 where the CPU (AVX512-BF16 or AMX) or the GPU has it in hardware.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state()  # one process may run several prunings, each with its own precision
+    PartialState._reset_state()
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    bf16 = precision == "bf16" or (precision == "auto" and has_bf16(on_cpu))
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision="bf16" if bf16 else "no",
+        log_with=list(trackers) or None,
+        project_dir=folder if trackers else None,
+    )
+
+
+def has_bf16(on_cpu: bool) -> bool:
+    """Whether bfloat16 products run in hardware here."""
+    if on_cpu:
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def finetune(
+    model: nn.Module,
+    train: Loader,
+    val: Loader,
+    settings: Settings,
+    *,
+    device: Accelerator,
+    regularizers: Sequence[Regularizer] = (),
+    teacher: nn.Module | None = None,
+    state: Path | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Outcome:
+    """Train `model` in place for `settings.epochs` epochs.
+
+    Args:
+        regularizers: attached already; their penalties join the loss.
+        teacher: in evaluation mode; its softened labels weigh `settings.distill` in the loss.
+        state: file written after every epoch; if it exists, training goes on from there.
+
+    Raises:
+        DivergedError: the loss became NaN or infinite; the file at `state` holds the last good epoch.
+    """
+    phase = _Phase(model, train, settings, device, regularizers, teacher)
+    if settings.compile and not any(m._forward_hooks for m in model.modules()):  # hooks would be compiled away
+        model.compile()
+    try:
+        outcome, start = phase.restore(state) if state is not None and state.exists() else (Outcome(), 0)
+        if start == 0:
+            outcome.strengths = phase.calibrate()
+        best = phase.best
+        for epoch in range(start, settings.epochs):
+            began = time.perf_counter()
+            loss, penalty = phase.run_epoch(epoch, on_progress)
+            top1, val_loss = evaluate(model, val, device=device)
+            seconds = time.perf_counter() - began
+            outcome.last_top1 = top1
+            outcome.history.append(
+                {"epoch": epoch, "loss": loss, "penalty": penalty, "val_top1": top1, "val_loss": val_loss, "seconds": seconds}
+            )
+            if settings.keep_best and top1 >= outcome.best_top1:
+                best = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
+            if top1 >= outcome.best_top1:
+                outcome.best_top1, outcome.best_epoch = top1, epoch
+            on_progress(phase.progress(epoch, phase.steps, loss, penalty, top1))
+            if state is not None and device.is_main_process:
+                phase.save(state, epoch + 1, outcome, best)
+        if settings.keep_best and best is not None:
+            model.load_state_dict(best)
+        return outcome
+    finally:
+        phase.close()
+
+
+def evaluate(model: nn.Module, loader: Loader, *, device: Accelerator) -> tuple[float, float]:
+    """Top-1 in percent and mean cross-entropy over every image of `loader`, in the run's precision."""
+    was_training = model.training
+    model.eval()
+    right, total, loss = 0, 0, 0.0
+    with torch.no_grad(), device.autocast():
+        for images, labels in loader:
+            logits = model(images).float()
+            right += int((logits.argmax(1) == labels).sum())
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            total += len(labels)
+    model.train(was_training)
+    return 100 * right / total, loss / total
+
+
+def recalibrate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: Accelerator, batches: int = 40) -> None:
+    """Measure the statistics of every batch norm anew over `batches` batches, plain averages, weights untouched.
+
+    After a cut the old ones belong to another network, and judging it by them would be unfair.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    was_training = model.training
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+        norm.train()
+    with torch.no_grad(), device.autocast():
+        for index, (images, _) in enumerate(loader):
+            if index == batches:
+                break
+            model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.train(was_training)
+
+
+def compile_pays(model: nn.Module, loader: Loader, *, epochs: int, device: Accelerator) -> bool:
+    """Whether torch.compile would win back its own time over `epochs`: a few eager steps are timed on `model`.
+
+    It never does without a C++ compiler, or on less than about ten minutes of training.
+    """
+    if shutil.which("c++") is None:
+        return False
+    model.train()
+    seconds = []
+    for images, labels in loader:
+        began = time.perf_counter()
+        with device.autocast():
+            loss = F.cross_entropy(model(images).float(), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        float(loss)
+        seconds.append(time.perf_counter() - began)
+        if len(seconds) == 4:
+            break
+    return min(seconds) * len(loader) * epochs * COMPILE_GAIN > 2 * COMPILE_SECONDS
+
+
+class _Phase:
+    """One phase's loop: the optimiser and what an epoch changes."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Loader,
+        settings: Settings,
+        device: Accelerator,
+        regularizers: Sequence[Regularizer],
+        teacher: nn.Module | None,
+    ) -> None:
+        self.settings, self.device, self.regularizers, self.train = settings, device, regularizers, train
+        self.model = model.to(device.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.teacher = teacher.to(device.device).eval() if teacher is not None and settings.distill > 0 else None
+        self.steps = len(train)
+        self.best: dict[str, Tensor] | None = None
+        self.optimizer = torch.optim.SGD(
+            _parameter_groups(model, regularizers, settings), lr=settings.lr, momentum=settings.momentum, nesterov=True, fused=True
+        )
+        self._rate = 0.0  # images per second
+        self._pace = 0.0  # steps per second
+
+    def run_epoch(self, epoch: int, on_progress: Callable[[Progress], None]) -> tuple[float, float]:
+        """One pass over the training images; mean task loss and mean penalty."""
+        self.model.train()
+        self.train.set_epoch(epoch)
+        torch.manual_seed(hash((self.settings.seed, epoch)) & 0x7FFFFFFF)  # dropout and the like
+        began, seen = time.perf_counter(), 0
+        sums = torch.zeros(2, device=self.device.device)
+        for step, (images, labels) in enumerate(self.train):
+            task, penalty = self._step(epoch * self.steps + step, images, labels)
+            seen += len(labels)
+            sums += torch.stack((task, penalty))
+            self._check(sums, epoch, step)
+            self._pace = (step + 1) / (time.perf_counter() - began)
+            self._rate = seen / (step + 1) * self._pace
+            if step % 10 == 9:
+                done = (sums / (step + 1)).tolist()
+                on_progress(self.progress(epoch, step + 1, *done))
+        loss, mean_penalty = (sums / self.steps).tolist()
+        return loss, mean_penalty
+
+    def progress(self, epoch: int, step: int, loss: float, penalty: float, top1: float | None = None) -> Progress:
+        left = ((self.settings.epochs - epoch) * self.steps - step) / max(self._pace, 1e-9)
+        return Progress(epoch, self.settings.epochs, step, self.steps, loss, penalty, self._rate, left, top1)
+
+    def calibrate(self) -> list[dict[str, float]]:
+        """Scale each penalty to the wanted share of the task loss, over four batches; the network is left as it was."""
+        share = self.settings.penalty_share
+        if share is None or share == 0 or not self.regularizers:
+            return [_numbers(r.state_dict()) for r in self.regularizers]
+        before = {name: t.detach().clone() for name, t in self.model.named_buffers()}
+        self.model.train()
+        self.train.set_epoch(0)
+        task, sizes, batches = 0.0, [0.0] * len(self.regularizers), 0
+        for images, labels in self.train:
+            loss, _, penalties = self._losses(images, labels)
+            task += float(loss.detach())
+            sizes = [size + float(penalty.detach()) for size, penalty in zip(sizes, penalties, strict=True)]
+            batches += 1
+            if batches == 4:
+                break
+        for regularizer, size in zip(self.regularizers, sizes, strict=True):
+            if size > 0:
+                regularizer.scale_penalty(share * task / size)
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(before[name])
+        return [_numbers(r.state_dict()) for r in self.regularizers]
+
+    def save(self, path: Path, epoch: int, outcome: Outcome, best: dict[str, Tensor] | None) -> None:
+        """Everything the next epoch depends on, in one file that appears whole or not at all."""
+        content = {
+            "epoch": epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "regularizers": [r.state_dict() for r in self.regularizers],
+            "outcome": vars(outcome),
+            "best": best,
+        }
+        with atomic_path(path) as temporary:
+            torch.save(content, temporary)
+
+    def restore(self, path: Path) -> tuple[Outcome, int]:
+        content = torch.load(path, map_location=self.device.device, weights_only=True)
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        for regularizer, kept in zip(self.regularizers, content["regularizers"], strict=True):
+            regularizer.load_state_dict(kept)
+        self.best = content["best"]
+        log.info("resumed at epoch %d of %d", content["epoch"], self.settings.epochs)
+        return Outcome(**content["outcome"]), int(content["epoch"])
+
+    def close(self) -> None:
+        """Leave a plain module behind."""
+        self.model._compiled_call_impl = None
+        self.model.zero_grad(set_to_none=True)
+        self.model.eval()
+
+    def _step(self, step: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        rate = self.settings.lr * schedule(step / (self.settings.epochs * self.steps), self.settings.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        task, distance, penalties = self._losses(images, labels)
+        weight = self.settings.distill if self.teacher is not None else 0.0
+        extra = torch.stack(penalties).sum() if penalties else torch.zeros_like(task)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.device.backward((1 - weight) * task + weight * distance + extra)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        self.optimizer.step()
+        for regularizer in self.regularizers:
+            regularizer.after_step()
+        return task.detach(), extra.detach()
+
+    def _losses(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Cross-entropy, divergence from the teacher (Hinton et al., arXiv 1503.02531, section 2), penalties."""
+        with self.device.autocast():
+            logits = self.model(images).float()
+            penalties = [r.penalty().to(logits.device) for r in self.regularizers]
+        task = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
+        if self.teacher is None:
+            return task, torch.zeros_like(task), penalties
+        heat = self.settings.temperature
+        with torch.no_grad(), self.device.autocast():
+            soft = F.log_softmax(self.teacher(images).float() / heat, 1)
+        distance = F.kl_div(F.log_softmax(logits / heat, 1), soft, reduction="batchmean", log_target=True) * heat**2
+        return task, distance, penalties
+
+    def _check(self, sums: Tensor, epoch: int, step: int) -> None:
+        """Stop at a NaN or infinite loss; on a GPU only every 16 steps, since looking waits for the device."""
+        if self.device.device.type == "cpu" or step % 16 == 15 or step == self.steps - 1:
+            if not math.isfinite(float(sums.sum())):
+                raise DivergedError(
+                    f"the loss became NaN or infinite at epoch {epoch + 1}, step {step + 1} of {self.steps}; "
+                    "the last good state is kept: lower train.lr or prune.penalty_share and resume"
+                )
+
+
+
+def schedule(done: float, warmup: float) -> float:
+    """The learning rate as a share of its peak, after `done` of all steps: linear warm-up, then half a cosine."""
+    if done < warmup:
+        return (done + 1e-3) / (warmup + 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+
+
+def _parameter_groups(model: nn.Module, regularizers: Sequence[Regularizer], settings: Settings) -> list[dict[str, Any]]:
+    """Matrices and filters decay; vectors (norms, biases) do not; a regulariser's own parameters decay as it says."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in learned if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in learned if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    for regularizer in regularizers:
+        own = list(regularizer.parameters())
+        if own:
+            groups.append({"params": own, "weight_decay": getattr(regularizer, "lambda_weight_decay", 0.0)})
+    return [group for group in groups if group["params"]]
+
+
+def _numbers(state: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in state.items() if isinstance(value, int | float)}
