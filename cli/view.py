@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 _console = Console(stderr=True)
 _quiet = False
 
+_STATES = {"ok": "green", "skipped": "yellow", "FAILED": "bold red"}  # cells that stand out
 STAGES = {
     "load": "loading the data",
     "prepare": "tracing and judging the dense network",
@@ -61,60 +64,80 @@ def document(content: Mapping[str, Any]) -> None:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stderr; the first column is text, the others are figures."""
+    """A table on stderr. The first column and columns of words stand left, columns of figures right."""
     if _quiet:
         return
     made = Table(title=title, title_justify="left", title_style="bold")
     for index, name in enumerate(header):
-        made.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        cells = [row[index] for row in rows if row[index]]
+        is_figures = index > 0 and 2 * sum(cell[0] in "0123456789+-" for cell in cells) > len(cells)
+        made.add_column(name, justify="right" if is_figures else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(escape(cell) for cell in row))
+        made.add_row(*(f"[{_STATES[cell]}]{cell}[/]" if cell in _STATES else escape(cell) for cell in row))
     _console.print(made)
+
+
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """What is being done: a line that moves and then goes away on a terminal, an ordinary line elsewhere."""
+    if _console.is_terminal and not _quiet:
+        with _console.status(escape(text)):
+            yield
+        return
+    note(text)
+    yield
 
 
 def figure(value: float) -> str:
     """Three significant digits with thousands separators: 0.0453, 12.3, 270,000."""
-    if value == 0:
-        return "0"
-    text = f"{float(f'{value:.3g}'):,.10f}".rstrip("0").rstrip(".")
-    return text or "0"
+    from compress.report.words import figure as written
+
+    return written(value)
+
+
+def share(value: float) -> str:
+    """A share to ask for: three significant digits, rounded up so that it is not below what was found."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 2) if value > 0 else 1.0
+    return figure(math.ceil(round(value / step, 6)) * step)
 
 
 def result(report: Mapping[str, Any]) -> None:
     """The end of a run: dense -> pruned, and where everything is."""
     dense, pruned = report["dense"], report["pruned"]
     latency = pruned["latency_ms"]
-    split = report["split"]["name"]
+    split, change = report["split"]["name"], pruned["top1"] - dense["top1"]
+    kept = report["kept"]
     rows = [
-        ("params", f"{dense['params']:,}", f"{pruned['params']:,}", f"{report['kept']['params']:.3f}"),
-        ("MACs (millions)", figure(dense["macs"] / 1e6), figure(pruned["macs"] / 1e6), f"{report['kept']['macs']:.3f}"),
-        ("ONNX file (kB)", figure(dense["size_bytes"] / 1e3), figure(pruned["size_bytes"] / 1e3), f"{report['kept']['size']:.3f}"),
-        (f"top-1 on {split} (%)", f"{dense['top1']:.2f}", f"{pruned['top1']:.2f}", f"{pruned['top1'] - dense['top1']:+.2f} points"),
-        (
-            f"latency p50 (ms, {latency['runtime']}, batch {latency['batch']}, {_count(latency['threads'], 'thread')})",
-            figure(dense["latency_ms"]["p50"]),
-            figure(latency["p50"]),
-            _speedup(report["speedup"]),
-        ),
+        ("params", f"{dense['params']:,}", f"{pruned['params']:,}", figure(kept["params"])),
+        ("MACs (M)", figure(dense["macs"] / 1e6), figure(pruned["macs"] / 1e6), figure(kept["macs"])),
+        ("ONNX file (kB)", figure(dense["size_bytes"] / 1e3), figure(pruned["size_bytes"] / 1e3), figure(kept["size"])),
+        (f"top-1 on {split} (%)", f"{dense['top1']:.2f}", f"{pruned['top1']:.2f}", f"{change:+.2f} points"),
+        ("latency p50 (ms)", figure(dense["latency_ms"]["p50"]), figure(latency["p50"]), speedup(report["speedup"])),
     ]
     table(
         f"{report['method']}, target {report['target']:g} of the {report['metric']}",
         ("", "dense", "pruned", "share / change"),
         rows,
     )
+    where = f"{latency['runtime']}, batch {latency['batch']}, {count(latency['threads'], 'thread')}"
+    note(f"latency by {where}; in brackets the {100 * report['speedup'].get('confidence', 0.95):g} % interval")
     parity = report["parity"]
-    note(f"ONNX proved equal to torch: max difference {parity['max_abs_diff']:.1g} at outputs of {parity['output_scale']:.3g}")
+    scale = figure(parity["output_scale"])
+    note(f"ONNX proved equal to torch: max difference {parity['max_abs_diff']:.1g} at outputs of {scale}")
     for name, reason in report["frozen"].items():
         logging.getLogger(__name__).info("frozen: %s: %s", name, reason)
     note(f"run folder: {report['out']}")
 
 
-def _speedup(speedup: Mapping[str, Any]) -> str:
-    span = f"({speedup['low']:.2f} to {speedup['high']:.2f})"
-    return f"{speedup['value']:.2f}x faster {span}" if speedup["verdict"] == "faster" else f"{speedup['verdict']} {span}"
+def speedup(found: Mapping[str, Any]) -> str:
+    """`2.32x faster (2.30 to 2.34)`, or that no difference was seen."""
+    from compress.report.words import speed_words
+
+    return speed_words(found)
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """`1 thread`, `2 threads`."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
@@ -125,8 +148,8 @@ class Live:
         self._bars: Progress | None = None
         if _console.is_terminal and not _quiet:
             self._bars = Progress(
-                TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
-                TimeRemainingColumn(), console=_console,
+                TextColumn("{task.description:<8}"), BarColumn(bar_width=20), MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"), TimeRemainingColumn(compact=True), console=_console,
             )  # fmt: skip
         self._task: TaskID | None = None
         self._stage = ""

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compress import regularize as regularize
     from compress.bench import benchmark as benchmark
-    from compress.checkpoint import load_into as load_into
-    from compress.checkpoint import read as load
+    from compress.checkpoint import load as load
     from compress.export import to_onnx as to_onnx
     from compress.groups import Group as Group
     from compress.groups import Slice as Slice
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
     from compress.plan import Plan as Plan
     from compress.plan import apply as apply
     from compress.plan import select as select
+    from compress.plan import shrink as shrink
     from compress.scores import SCORES as SCORES
-    from compress.shrink import shrink as shrink
 
 __version__ = "0.1.0"
 
@@ -34,7 +33,7 @@ _PLACES = {
     "regularize": "compress.regularize:",
     "run": "compress.pipeline:run",
     "select": "compress.plan:select",
-    "shrink": "compress.shrink:shrink",
+    "shrink": "compress.plan:shrink",
     "to_onnx": "compress.export:to_onnx",
     "trace": "compress.groups:trace",
 }

@@ -89,6 +89,17 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(tensors, info, hashlib.sha256(data).hexdigest(), path, len(data), integers)
 
 
+def load(path: Path | str, model: nn.Module) -> ModelInfo:
+    """Fill `model`, a network of the architecture in the file, from a checkpoint; what the file says beside the weights.
+
+    Raises:
+        LoadError: as `read` and `load_into`.
+    """
+    found = read(Path(path))
+    load_into(model, found)
+    return found.info
+
+
 def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Fill `model`, built by the caller, with the weights; a pruned network also takes its shapes from them.
 

@@ -7,8 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from importlib import metadata as installed
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from compress.bench.machine import package_version
 from compress.bench.session import one_line, open_session, runtime_errors
 from compress.errors import CompressError, ParityError
 from compress.files import atomic_path
@@ -35,9 +35,8 @@ LARGEST = 2**31 - 1  # bytes a protobuf message may have; larger networks would 
 
 Exporter = Literal["dynamo", "legacy", "unknown"]
 Array = NDArray[Any]
-# What the exporters let through: their own errors, and those of tracing, decomposition and conversion beneath them.
-_EXPORTER_ERRORS = (torch.onnx.OnnxExporterError, RuntimeError, TypeError, ValueError, LookupError, AttributeError,
-                    AssertionError)  # fmt: skip
+# What the exporters let through: their own errors (a RuntimeError) and those of tracing and conversion beneath them.
+_EXPORTER_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 
 
 class Proof(BaseModel, frozen=True, extra="forbid"):
@@ -144,6 +143,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _prove(network: nn.Module, file: Path, inputs: Tensor, tolerance: float, name: str) -> Proof:
+    import onnx
+
     session = open_session(file, threads=torch.get_num_threads())
     worst = (-1.0, 0.0, 0.0)  # relative, max_abs_diff, output_scale
     agreed: list[Array] = []
@@ -156,19 +157,21 @@ def _prove(network: nn.Module, file: Path, inputs: Tensor, tolerance: float, nam
             worst = max(worst, _difference(wanted, got, f"output {index} of {name} at batch {batch}"))
         if expected[0].ndim > 1 and expected[0].shape[1] > 1:
             agreed.append((expected[0].argmax(1) == actual[0].argmax(1)).ravel())
-    if len(inputs) > 1 and np.ptp(expected[0], axis=0).max() < LEAST_SCALE * worst[2]:
+    first = np.atleast_1d(expected[0]).astype(np.float64)
+    if len(inputs) > 1 and np.ptp(first, axis=0).max() < LEAST_SCALE * worst[2]:
         logger.warning("the network gives the same output for different images: equality with %s proves little", name)
     relative, difference, scale = worst
-    if not relative <= tolerance:
-        raise ParityError(f"{name} differs from the network by {difference:.3g} where its output has rms {scale:.3g}, "
-                          f"a share of {relative:.3g}; allowed is {tolerance:.3g}")  # fmt: skip
+    if relative > tolerance:
+        text = f"differs from the network by {difference:.3g} where its output has rms {scale:.3g}, a share of"
+        raise ParityError(f"{name} {text} {relative:.3g}; allowed is {tolerance:.3g}")
     own = session.get_modelmeta().custom_metadata_map
-    exporters: dict[str | None, Exporter] = {"dynamo": "dynamo", "legacy": "legacy"}
+    opsets = {entry.domain: entry.version for entry in onnx.load(file, load_external_data=False).opset_import}
+    exporters: dict[str, Exporter] = {"dynamo": "dynamo", "legacy": "legacy"}
     return Proof(
         max_abs_diff=difference, output_scale=scale, relative=relative, tolerance=tolerance, batches=BATCHES,
         top1_agreement=100.0 * float(np.concatenate(agreed).mean()) if agreed else None,
-        exporter=exporters.get(own.get("exporter"), "unknown"), flushed=int(own.get("flushed", "0")),
-        opset=_opset(file),
+        exporter=exporters.get(own.get("exporter", ""), "unknown"), flushed=int(own.get("flushed", "0")),
+        opset=opsets.get("", opsets.get("ai.onnx", 0)),
     )  # fmt: skip
 
 
@@ -188,20 +191,15 @@ def _difference(wanted: Array, got: Array, where: str) -> tuple[float, float, fl
     return difference / scale, difference, scale
 
 
-def _opset(file: Path) -> int:
-    import onnx
-
-    imports = onnx.load(file, load_external_data=False).opset_import
-    return next((int(entry.version) for entry in imports if entry.domain in ("", "ai.onnx")), 0)
-
-
 def _outputs(network: nn.Module, images: Tensor) -> list[Array]:
     try:
         with torch.no_grad():
             leaves = pytree.tree_leaves(network(images))
     except RuntimeError as error:
         raise ParityError(f"the network does not run at shape {tuple(images.shape)}: {one_line(error)}") from error
-    return [leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)]
+    if not (arrays := [leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)]):
+        raise CompressError("the network gives no tensor; ONNX needs at least one output")
+    return arrays
 
 
 def _run(session: Any, images: Tensor, name: str) -> list[Array]:
@@ -271,12 +269,9 @@ def _finish(target: Path, *, exporter: Exporter, flushed: int, given: Mapping[st
     _strip(proto.graph)
     for function in proto.functions:
         _strip(function)
-    version = "unknown"
-    with suppress(installed.PackageNotFoundError):
-        version = installed.version(TOOL)
-    own = {"tool": TOOL, "tool_version": version, "exporter": exporter, "flushed": str(flushed)}
+    own = {"tool": TOOL, "tool_version": package_version(TOOL) or "unknown", "exporter": exporter}
     del proto.metadata_props[:]
-    onnx.helper.set_model_props(proto, {**given, **own})
+    onnx.helper.set_model_props(proto, {**given, **own, "flushed": str(flushed)})
     target.write_bytes(proto.SerializeToString())
 
 

@@ -55,6 +55,19 @@ class RunFolder:
         (path / "state").mkdir(exist_ok=True)
         return cls(path)
 
+    @classmethod
+    def finished(cls, path: Path) -> RunFolder:
+        """The folder of a run that came to its end, for reading: nothing is made in it.
+
+        Raises:
+            RunFolderError: there is no run in `path`, or it has no report yet.
+        """
+        if not (path / "recipe.yaml").is_file():
+            raise RunFolderError(f"{path} holds no run (no recipe.yaml); give the folder that `compress prune` made")
+        if not (path / "report.json").is_file():
+            raise RunFolderError(f"the run in {path} is not finished (no report.json); continue it: `compress resume`")
+        return cls(path)
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for this process; released also when the process is killed.
@@ -66,7 +79,8 @@ class RunFolder:
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
-            raise RunFolderError(f"another process is working in {self.path}; wait for it or choose another --out") from error
+            text = f"another process is working in {self.path}; wait for it or choose another --out"
+            raise RunFolderError(text) from error
         try:
             yield
         finally:

@@ -27,6 +27,7 @@ from compress.plan import Plan, apply, select
 from compress.recipe import Recipe
 from compress.regularize import REGULARIZERS, Regularizer
 from compress.scores import SCORES, Scores
+from compress.structure import underived
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class _Run:
             "source_sha256": self.folder.read("env.json")["source_sha256"],
         }
         info = self.info.model_copy(update={"pruned": pruned, "origin": origin})
-        checkpoint.save(self.folder.path / name, model, info)
+        checkpoint.save(self.folder.path / name, model, info, integers=underived(model, self.dense))
 
 
 def run(
@@ -469,6 +470,7 @@ def _metadata(run: _Run, model: nn.Module, example: Tensor, name: str) -> dict[s
         "seed": run.recipe.seed,
         "source_sha256": run.folder.read("env.json")["source_sha256"],
         "arch": run.info.arch,
+        "data": "" if Path(run.data.name).is_absolute() else run.data.name,  # a name travels, a path does not
         "labels": list(run.info.labels or ()),
         "mean": list(run.info.mean or ()),
         "std": list(run.info.std or ()),

@@ -11,11 +11,12 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from compress.cost import Costs, Metric, Widths
+from compress.bench.machine import vector_block
+from compress.cost import Costs, Metric, Widths, measure
 from compress.errors import PruneError, TargetError, UsageError
-from compress.groups import Group, cut
+from compress.groups import Group, cut, trace
+from compress.scores import SCORES, Scores
 
-Scores = Mapping[str, Tensor]  # group name -> (size,) float32 on the CPU; larger = keep
 Allocation = Literal["global", "uniform"]
 ALLOCATIONS: dict[Allocation, str] = {
     "global": "all layers compete: the lowest score per cost leaves first, wherever it is",
@@ -87,6 +88,13 @@ def select(
     )
 
 
+def lowest(groups: Sequence[Group], costs: Costs, metric: Metric, *, round_to: int = 1) -> float:
+    """The least share of `metric`, 0 to 1, that `select` reaches in blocks of `round_to` channels; 1 stands for auto."""
+    widths = Widths(groups, costs, metric)
+    free = [group for group in groups if group.frozen is None]
+    return _lowest(widths, {g.name: min(g.size, _block(g, round_to, None)) for g in free}) / widths.total()
+
+
 def apply(model: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
     """Cut the network to `plan`, in place, once.
 
@@ -103,6 +111,42 @@ def apply(model: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
         if not channels or sorted(set(channels)) != list(channels) or channels[-1] >= group.size or channels[0] < 0:
             raise PruneError(f"the plan keeps channels {str(channels)[:60]} of {name}, which has {group.size}")
     cut(model, groups, plan.kept)
+
+
+def shrink(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    keep: float,
+    metric: Metric = "params",
+    score: str = "l1",
+    round_to: int | Literal["auto"] = 8,
+) -> Plan:
+    """Remove the least important channels of `model`, in place, until `keep` of the metric is left at most.
+
+    Args:
+        example: one input batch (N, C, H, W).
+        keep: share of `metric` that may remain, 0 < keep <= 1.
+        score: a key of SCORES.
+        round_to: widths become multiples of this; `auto` takes this machine's vector unit and adapts to narrow layers.
+
+    Raises:
+        PruneError, TargetError, UsageError: as `trace` and `select`; the network is untouched then.
+    """
+    if score not in SCORES:
+        raise UsageError(f"no score is called {score!r}; there are {', '.join(SCORES)}")
+    groups = trace(model, example)
+    plan = select(
+        groups,
+        SCORES[score](model, groups),
+        measure(model, example),
+        keep=keep,
+        metric=metric,
+        round_to=vector_block() if round_to == "auto" else round_to,
+        adapt=round_to == "auto",
+    )
+    apply(model, groups, plan)
+    return plan
 
 
 def _check(group: Group, scores: Scores) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from compress.errors import UsageError
 
 Metric = Literal["params", "macs", "size"]
+SECTIONS = {"model", "data", "prune", "train", "bench"}
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -44,7 +45,7 @@ class PrunePart(BaseModel):
     score: str = Field("", description="importance; empty: the method's own")
     keep: float = Field(0.5, gt=0, le=1, description="share of the metric that remains")
     metric: Metric = Field("params", description="what `keep` is a share of")
-    round_to: int | Literal["auto"] = Field("auto", description="channel block; auto: the machine's vector unit")
+    round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="channel block; auto: the machine's vector unit")
     allocation: Literal["global", "uniform"] = Field("global", description="how layers compete")
     floor: float = Field(0.5, ge=0, le=1, description="least width of a layer, as a share of the even width")
     rounds: int = Field(1, ge=1, le=100, description="sparse training and cut, this often, on a geometric path to keep")
@@ -130,13 +131,19 @@ def read(path: Path) -> dict[str, Any]:
         raise UsageError(f"the recipe {path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise UsageError(f"the recipe {path} holds no mapping of sections (model, data, prune, train, bench)")
+    for key in ("model", "data", "prune", "train", "bench"):
+        if key in values and not isinstance(values[key] or {}, dict):
+            raise UsageError(f"the recipe {path} has {key}: {values[key]!r}; allowed are indented lines of key: value")
+        values[key] = values.get(key) or {}
     return values
 
 
 def _first_error(error: ValidationError) -> str:
-    first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
+    errors = error.errors()
+    first, place = errors[0], errors[0]["loc"][:2]  # what follows names the kinds that one knob may have
+    name = ".".join(str(part) for part in (first["loc"] if first["type"] == "extra_forbidden" else place))
     if first["type"] == "extra_forbidden":
         return f"the recipe has no key {name!r}; see `compress prune --help` and CONTRIBUTING.md for the keys"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{name} = {first['input']!r}: {first['msg'][0].lower() + first['msg'][1:]}{more}"
+    texts = [found["msg"][0].lower() + found["msg"][1:] for found in errors if found["loc"][:2] == place]
+    rest = len(errors) - len(texts)
+    return f"{name} = {first['input']!r}: {', or '.join(texts)}" + (f" (and {rest} more)" if rest else "")

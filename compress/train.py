@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 COMPILE_SECONDS = 60.0  # what torch.compile takes for a network of CIFAR size on two cores (measured: 45 for ResNet-20)
 COMPILE_GAIN = 0.2  # of a step's time, measured for ResNet-20 in bf16
+LEAST_LOSS = 0.1  # of the loss of guessing, ln(classes); see _Phase.calibrate
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,9 @@ def finetune(
                 best = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
             if top1 >= outcome.best_top1:
                 outcome.best_top1, outcome.best_epoch = top1, epoch
-            on_progress(phase.progress(epoch, phase.steps, loss, penalty, top1))
             if state is not None and device.is_main_process:
                 phase.save(state, epoch + 1, outcome, best)
+            on_progress(phase.progress(epoch, phase.steps, loss, penalty, top1))
         if settings.keep_best and best is not None:
             model.load_state_dict(best)
         return outcome
@@ -211,7 +212,7 @@ def compile_pays(model: nn.Module, loader: Loader, *, epochs: int, device: Accel
         with device.autocast():
             loss = F.cross_entropy(model(images).float(), labels)
         loss.backward()  # type: ignore[no-untyped-call]
-        float(loss)
+        float(loss.detach())
         seconds.append(time.perf_counter() - began)
         if len(seconds) == 4:
             break
@@ -234,6 +235,7 @@ class _Phase:
         self.model = model.to(device.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.teacher = teacher.to(device.device).eval() if teacher is not None and settings.distill > 0 else None
         self.steps = len(train)
+        self.classes = 2  # until a batch has been seen
         self.best: dict[str, Tensor] | None = None
         self.optimizer = torch.optim.SGD(
             _parameter_groups(model, regularizers, settings), lr=settings.lr, momentum=settings.momentum, nesterov=True, fused=True
@@ -266,7 +268,11 @@ class _Phase:
         return Progress(epoch, self.settings.epochs, step, self.steps, loss, penalty, self._rate, left, top1)
 
     def calibrate(self) -> list[dict[str, float]]:
-        """Scale each penalty to the wanted share of the task loss, over four batches; the network is left as it was."""
+        """Scale each penalty to the wanted share of the task loss, over four batches; the network is left as it was.
+
+        A network that fits its training images has a loss near 0, of which any share would do nothing: the task loss
+        counts as at least a tenth of ln(classes), the loss of guessing.
+        """
         share = self.settings.penalty_share
         if share is None or share == 0 or not self.regularizers:
             return [_numbers(r.state_dict()) for r in self.regularizers]
@@ -276,7 +282,7 @@ class _Phase:
         task, sizes, batches = 0.0, [0.0] * len(self.regularizers), 0
         for images, labels in self.train:
             loss, _, penalties = self._losses(images, labels)
-            task += float(loss.detach())
+            task += max(float(loss.detach()), LEAST_LOSS * math.log(self.classes))
             sizes = [size + float(penalty.detach()) for size, penalty in zip(sizes, penalties, strict=True)]
             batches += 1
             if batches == 4:
@@ -337,6 +343,7 @@ class _Phase:
         """Cross-entropy, divergence from the teacher (Hinton et al., arXiv 1503.02531, section 2), penalties."""
         with self.device.autocast():
             logits = self.model(images).float()
+            self.classes = logits.shape[1]
             penalties = [r.penalty().to(logits.device) for r in self.regularizers]
         task = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
         if self.teacher is None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +38,7 @@ def _declare_operators() -> torch.library.Library | None:
 
 
 _LIBRARY = _declare_operators()  # the declarations last as long as this object
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +53,19 @@ def shared() -> Path:
     if not (SHARED / "checkpoints").is_dir():
         pytest.skip(f"no checkpoints and data in {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def pruned_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The folder of a tiny `compress prune --json` and the command's result; copy the folder before changing it."""
+    from typer.testing import CliRunner
+
+    from compress.cli.app import app
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    tiny = ["--method", "halo", "--target", "0.3", "--epochs", "2", "--set", "data.image_size=8", "--device", "cpu"]
+    result = CliRunner().invoke(
+        app, ["prune", str(ROOT / "models" / "digits_resnet20.pt"), *tiny, "--out", str(folder), "--json"]
+    )
+    logging.captureWarnings(False)
+    return folder, result

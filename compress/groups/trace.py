@@ -38,7 +38,8 @@ def trace(model: nn.Module, example: Tensor, *, time_limit: float = TIME_LIMIT) 
         PruneError: the network does not run on `example`, tracing fails or takes too long, or nothing can be cut.
     """
     twin = _twin(model)
-    example = example.detach().to(next(iter(twin.state_dict().values())).device)
+    like = next((t for t in twin.state_dict().values() if t.is_floating_point()), example)
+    example = example.detach().to(like)  # its device and dtype
     try:
         with torch.no_grad():
             twin(example)

@@ -141,13 +141,13 @@ class Ffr:
         return torch.stack(list(values)).mean() if values else torch.zeros(())
 
     def _size(self, difference: Tensor) -> Tensor:
-        flat = difference.float()
+        flat = difference.to(torch.promote_types(difference.dtype, torch.float32))
         return flat.abs().mean() if self.norm == "l1" else flat.square().mean()
 
     def _bend(self, before: Tensor, here: Tensor, after: Tensor) -> Tensor:
         if self.curvature == "second-difference":
             return self._size(after - 2 * here + before)
-        cosine = F.cosine_similarity((after - here).flatten(1).float(), (here - before).flatten(1).float())
+        cosine = F.cosine_similarity((after - here).flatten(1), (here - before).flatten(1))
         return (1 - cosine).mean()
 
 

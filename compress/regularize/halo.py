@@ -61,7 +61,7 @@ class Halo:
         self._model, self._groups = model, tuple(groups)
         if self.granularity == "filter":
             self._tensors, self._units, count = _by_channel(model, groups)
-            self._elements = count.to(self._tensors[0].device)
+            self._elements = count.to(self._tensors[0])
         else:
             self._tensors = _conv_parameters(model)
         if self.solver == "sgd":
@@ -181,7 +181,7 @@ class _Penalty(torch.autograd.Function):
         value = halo.xi * (size / shrink.square()).sum()
         if halo._lambda is not None:
             value = value + halo.psi * (shrink.abs().sum() - halo.target).abs()
-        return value.float()
+        return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -9,8 +9,23 @@ from typing import Any
 
 from compress.files import atomic_write
 from compress.report.build import build as build
+from compress.report.document import Report as Report
 
 
 def write(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write README.md, report.html and, last, report.json into the run folder."""
-    atomic_write(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    """Write README.md, report.html and, last, report.json into the run folder.
+
+    Raises:
+        ValueError: `report` is not what `build` gives: a key is missing, unknown or of another type.
+    """
+    from compress.report import pages  # jinja2 only where pages are written
+
+    Report.model_validate(report)
+    atomic_write(folder / "README.md", pages.card(report))
+    atomic_write(folder / "report.html", pages.html(report))
+    atomic_write(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def schema() -> str:
+    """The JSON schema of report.json, as published in schema.json beside this file."""
+    return json.dumps(Report.model_json_schema(mode="serialization"), indent=1) + "\n"

@@ -2,66 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from compress.bench.machine import BLOCKS
+from compress.report.document import Gain, LatencyMs, Parity, Proof, Report
+from compress.report.words import verdict
+
+INPUT_NAME = "images"  # as compress.export names it
 
 
 def build(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Put together what `compress prune --json` prints and what the pages show.
 
     Args:
-        folder: of the run; named in the document, not read.
+        folder: of the run; named in the document. Its state/info.json says what the network takes.
         facts: recipe, env, the result of every stage, costs and widths of the pruned network.
 
     Units: MACs per image, bytes, percent, milliseconds, seconds; shares are what remains, 0 to 1.
     """
-    recipe, stages = facts["recipe"], facts["stages"]
-    prepared, proof, bench = stages["prepare"], stages["export"], stages["measure"]
+    recipe, stages, prune = facts["recipe"], facts["stages"], facts["recipe"]["prune"]
+    names = {"method": prune["method"], "target": prune["keep"], "metric": prune["metric"], "seed": recipe["seed"]}
+    files = {"onnx": "model.onnx", "checkpoint": "pruned.safetensors", "report": "report.html"}
+    found = {
+        "out": str(folder),
+        **{key: str(folder / name) for key, name in files.items()},
+        **names,
+        **_results(facts),
+        **_structure(facts),
+        **_training(stages),
+        **_conditions(folder, facts),
+        "seconds": {name: stage["seconds"] for name, stage in stages.items() if "seconds" in stage},
+    }
+    return Report.model_validate({"verdict": verdict(found), **_finite(found)}).model_dump(mode="json")
+
+
+def _results(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the two files cost and do, and the proof that they are the networks."""
+    prepared, proof, bench = (facts["stages"][name] for name in ("prepare", "export", "measure"))
     dense = _network(prepared["dense"], proof["dense"], bench["measurements"][0])
     pruned = _network(facts["pruned"], proof["pruned"], bench["measurements"][1])
-    prune = recipe["prune"]
-    cut = stages["sparse"]["rounds"][-1]["plan"]
+    shares = {"params": "params", "macs": "macs", "size": "size_bytes"}
     return {
-        "out": str(folder),
-        "onnx": str(folder / "model.onnx"),
-        "checkpoint": str(folder / "pruned.safetensors"),
-        "report": str(folder / "report.html"),
-        "method": prune["method"],
-        "target": prune["keep"],
-        "metric": prune["metric"],
-        "seed": recipe["seed"],
         "dense": dense,
         "pruned": pruned,
-        "kept": {
-            "params": pruned["params"] / dense["params"],
-            "macs": pruned["macs"] / dense["macs"],
-            "size": pruned["size_bytes"] / dense["size_bytes"],
-        },
-        "speedup": {key: bench["speedups"][0][key] for key in ("value", "low", "high", "verdict")},
+        "kept": {name: pruned[key] / dense[key] for name, key in shares.items()},
+        "speedup": {key: bench["speedups"][0][key] for key in Gain.model_fields},
         "parity": {
-            key: proof["pruned"][key]
-            for key in ("max_abs_diff", "output_scale", "tolerance", "batches", "top1_agreement", "exporter", "flushed")
+            **_known(proof["pruned"], [*Parity.model_fields]),
+            "dense": _known(proof["dense"], [*Proof.model_fields]),
         },
         "split": {"name": proof["split"], "images": proof["images"]},
-        "frozen": prepared["frozen"],
-        "widths": {
-            name: {"dense": size, "pruned": facts["widths"].get(name, size)} for name, size in prepared["widths"].items()
-        },
-        "unaligned": cut["unaligned"],
-        "uncounted": prepared["uncounted"],
-        "val_top1": {
-            "dense": prepared["dense"]["val_top1"],
-            "rounds": [found["val_top1"] for found in stages["sparse"]["rounds"]],
-            "recovered": stages["recover"]["val_top1"],
-        },
-        "history": [*stages["sparse"]["history"], *stages["recover"]["history"]],
-        "regularizers": stages["sparse"]["rounds"][-1]["regularizers"],
-        "conditions": {**facts["env"], **bench["conditions"]},
-        "data": facts["data"],
-        "labels": facts["labels"],
-        "recipe": recipe,
-        "seconds": {name: stage["seconds"] for name, stage in stages.items() if "seconds" in stage},
+        "measurements": bench["measurements"],
+        "speedups": bench["speedups"],
     }
 
 
@@ -72,6 +68,63 @@ def _network(costs: Mapping[str, Any], proof: Mapping[str, Any], measured: Mappi
         "macs": int(costs["macs"]),
         "size_bytes": measured["size_bytes"],
         "top1": proof["top1"],
-        "latency_ms": {key: latency[key] for key in ("p50", "p90", "p99", "batch", "threads", "runtime", "n")},
+        "latency_ms": {key: latency[key] for key in LatencyMs.model_fields},
         "throughput": latency["throughput"],
     }
+
+
+def _structure(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Widths before and after, and what could not be cut or did not come out aligned."""
+    prepared, plan = facts["stages"]["prepare"], facts["stages"]["sparse"]["rounds"][-1]["plan"]
+    asked = facts["recipe"]["prune"]["round_to"]
+    widths = {name: len(channels) for name, channels in plan["kept"].items()} | dict(facts["widths"])
+    return {
+        "frozen": prepared["frozen"],
+        "widths": {name: {"dense": n, "pruned": widths.get(name, n)} for name, n in prepared["widths"].items()},
+        "unaligned": plan["unaligned"],
+        "block": BLOCKS.get(facts["env"].get("vector_unit", "unknown"), 8) if asked == "auto" else asked,
+        "uncounted": prepared["uncounted"],
+    }
+
+
+def _training(stages: Mapping[str, Any]) -> dict[str, Any]:
+    """The epochs of every phase, and validation top-1 along the way."""
+    rounds, recover = stages["sparse"]["rounds"], stages["recover"]
+    return {
+        "val_top1": {
+            "dense": stages["prepare"]["dense"]["val_top1"],
+            "rounds": [found["val_top1"] for found in rounds],
+            "recovered": recover["val_top1"],
+        },
+        "history": [*stages["sparse"]["history"], *recover["history"]],
+        "regularizers": rounds[-1]["regularizers"],
+    }
+
+
+def _conditions(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Machine, versions, data, recipe, and what the ONNX file takes."""
+    path = folder / "state" / "info.json"
+    info = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    taken = {"name": INPUT_NAME, "size": info.get("input_size"), "mean": info.get("mean"), "std": info.get("std")}
+    return {
+        "arch": info.get("arch") or facts["recipe"]["model"]["arch"] or Path(facts["recipe"]["model"]["path"]).stem,
+        "conditions": facts["stages"]["measure"]["conditions"],
+        "environment": facts["env"],
+        "data": facts["data"],
+        "input": taken,
+        "labels": facts["labels"],
+        "recipe": facts["recipe"],
+    }
+
+
+def _known(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: values[key] for key in keys if key in values}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: such a loss is null, and a gap in the chart."""
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

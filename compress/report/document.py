@@ -1,0 +1,172 @@
+"""Report: the one JSON document of a run, as types; schema.json beside this file is generated from them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from compress.bench.results import Measurement, Speedup
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid")
+Figure = float | None  # None: not measured, or not finite
+
+
+class LatencyMs(BaseModel):
+    """Milliseconds per batch; `n` single inferences were timed."""
+
+    model_config = _FROZEN
+    p50: float
+    p90: float
+    p99: float
+    batch: int
+    threads: int
+    runtime: str
+    n: int
+
+
+class Network(BaseModel):
+    """What one network costs and does. `params` numbers, `macs` per image, `top1` percent on `split`."""
+
+    model_config = _FROZEN
+    params: int
+    macs: int
+    size_bytes: int
+    top1: float
+    latency_ms: LatencyMs
+    throughput: float = Field(description="images/s at the median")
+
+
+class Kept(BaseModel):
+    """What remains, as a share of the dense network, 0 to 1."""
+
+    model_config = _FROZEN
+    params: float
+    macs: float
+    size: float
+
+
+class Gain(BaseModel):
+    """How many times faster the pruned file is, with its confidence interval."""
+
+    model_config = _FROZEN
+    value: float
+    low: float
+    high: float
+    confidence: float
+    verdict: Literal["faster", "slower", "not distinguishable"]
+
+
+class Proof(BaseModel):
+    """How equal an ONNX file is to its network, where the difference relative to the output's scale is largest."""
+
+    model_config = _FROZEN
+    max_abs_diff: float
+    output_scale: float = Field(description="rms of torch's output")
+    tolerance: float = Field(description="largest allowed max_abs_diff / output_scale")
+    batches: tuple[int, ...]
+    top1_agreement: float | None = Field(description="percent of the proof's images with the same largest output")
+    exporter: str
+    flushed: int = Field(description="tiny weights set to zero")
+    opset: int | None = None
+
+
+class Parity(Proof):
+    """The proof of the pruned file, and beside it that of the dense one."""
+
+    dense: Proof
+
+
+class SplitUsed(BaseModel):
+    """The images that `top1` was taken on."""
+
+    model_config = _FROZEN
+    name: str
+    images: int
+
+
+class Width(BaseModel):
+    """Channels of one group."""
+
+    model_config = _FROZEN
+    dense: int
+    pruned: int
+
+
+class Round(BaseModel):
+    """Validation top-1 of one round, in percent: after its training, and right after its cut."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    trained: Figure = None
+    cut: Figure = None
+
+
+class ValTop1(BaseModel):
+    """Validation top-1 in percent along the way."""
+
+    model_config = _FROZEN
+    dense: float
+    rounds: tuple[Round, ...]
+    recovered: dict[str, Any]
+
+
+class Epoch(BaseModel):
+    """One epoch; what a loop adds to its lines is kept."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    phase: str
+    epoch: int
+    loss: Figure = None
+    penalty: Figure = None
+    val_top1: Figure = None
+    val_loss: Figure = None
+    seconds: Figure = None
+
+
+class Input(BaseModel):
+    """What the ONNX file takes: float32 (batch, *size), pixels in 0..1 less `mean`, over `std`."""
+
+    model_config = _FROZEN
+    name: str
+    size: tuple[int, int, int] | None = Field(description="C, H, W")
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+
+class Report(BaseModel):
+    """Everything a run measured, with its conditions. MACs per image, top-1 in percent, latency in milliseconds."""
+
+    model_config = _FROZEN
+    verdict: str = Field(description="the result in one line")
+    out: str
+    onnx: str
+    checkpoint: str
+    report: str
+    arch: str
+    method: str
+    target: float = Field(description="share of `metric` that was to remain, 0 to 1")
+    metric: str
+    seed: int
+    dense: Network
+    pruned: Network
+    kept: Kept
+    speedup: Gain
+    parity: Parity
+    split: SplitUsed
+    frozen: dict[str, str] = Field(description="group -> why it could not be cut")
+    widths: dict[str, Width]
+    unaligned: dict[str, int] = Field(description="group -> width that is no multiple of `block`")
+    block: int = Field(description="channels that widths were rounded to")
+    uncounted: tuple[str, ...] = Field(description="operators that are not in the MACs")
+    val_top1: ValTop1
+    history: tuple[Epoch, ...]
+    regularizers: tuple[dict[str, Any], ...]
+    measurements: tuple[Measurement, ...] = Field(description="dense first, in the order of the files measured")
+    speedups: tuple[Speedup, ...]
+    conditions: dict[str, Any] = Field(description="of the measurement")
+    environment: dict[str, Any] = Field(description="of the training and the proof")
+    data: dict[str, Any]
+    input: Input
+    labels: tuple[str, ...]
+    recipe: dict[str, Any]
+    seconds: dict[str, float] = Field(description="per stage")

@@ -1,0 +1,137 @@
+"""Figures as text: the verdict in one line, numbers with their units, what a difference is worth."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+RUNTIMES = {"ort-cpu": "ONNX Runtime CPU", "ort-cuda": "ONNX Runtime CUDA"}
+METRICS = {"params": "parameters", "macs": "MACs", "size": "bytes"}
+_KEYS = {"params": "params", "macs": "macs", "size": "size_bytes"}
+Z95 = 1.959964  # standard normal quantile at 0.975
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """What came of the run: size, speed with its interval and conditions, accuracy on the named split."""
+    dense, pruned, split = report["dense"], report["pruned"], report["split"]["name"]
+    metric = report["metric"] if report["metric"] in METRICS else "params"
+    key = _KEYS[metric]
+    size = f"{pruned[key]:,} of {dense[key]:,} {METRICS[metric]} remain ({percent(report['kept'][metric])})"
+    speed = f"{speed_words(report['speedup'])} on {latency_conditions(pruned['latency_ms'])}"
+    return f"{size}; {speed}; top-1 {dense['top1']:.2f} -> {pruned['top1']:.2f} on {split}"
+
+
+def speed_words(speedup: Mapping[str, Any]) -> str:
+    """Faster or slower by how much, with the interval; no factor where the noise is larger than the effect."""
+    value, low, high = speedup["value"], speedup["low"], speedup["high"]
+    if speedup["verdict"] == "faster":
+        return f"{value:.2f}x faster ({low:.2f} to {high:.2f})"
+    if speedup["verdict"] == "slower":
+        return f"{1 / value:.2f}x slower ({1 / high:.2f} to {1 / low:.2f})"
+    return f"speed not distinguishable ({low:.2f}x to {high:.2f}x)"
+
+
+def latency_conditions(latency: Mapping[str, Any]) -> str:
+    """Where a latency holds: runtime, batch and threads."""
+    runtime = RUNTIMES.get(latency["runtime"], latency["runtime"])
+    return f"{runtime}, batch {latency['batch']}, {count(latency['threads'], 'thread')}"
+
+
+def figure(value: float | None) -> str:
+    """Three significant digits with thousands separators: 0.0453, 12.3, 270,000; 8.37e-05 when that is shorter."""
+    if value is None or not math.isfinite(value):
+        return "n/a"
+    if value == 0 or abs(value) >= 1e-4:
+        rounded = float(f"{value:.3g}")
+        decimals = max(0, 2 - math.floor(math.log10(abs(rounded)))) if rounded else 0
+        return f"{rounded:,.{decimals}f}"
+    return f"{value:.2e}"
+
+
+def percent(share: float) -> str:
+    """A share of 0 to 1 as percent with two significant digits, three from 10 % on: 4.7 %, 56.6 %, 100 %."""
+    value = 100 * share
+    decimals = 0 if value >= 99.95 or value == 0 else max(1, 1 - math.floor(math.log10(value)))
+    return f"{value:.{decimals}f} %"
+
+
+def points(before: float, after: float) -> str:
+    """A difference of two percentages, signed: +0.28, -5.85 (rounded figures subtract to what is shown)."""
+    difference = round(round(after, 2) - round(before, 2), 2)
+    return f"{difference + 0.0:+.2f}"
+
+
+def scaled(before: float, after: float, units: tuple[str, ...]) -> tuple[str, tuple[str, str]]:
+    """One unit (steps of 1,000) for two figures in one row, chosen by their geometric mean, and the figures in it."""
+    step = min(len(units) - 1, math.floor(math.log(max(1, before * after), 1000) / 2))
+    return units[step], (figure(before / 1000**step), figure(after / 1000**step))
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def stage_times(seconds: Mapping[str, float]) -> str:
+    """The stages with their seconds, and the sum."""
+    parts = ", ".join(f"{name} {figure(value)} s" for name, value in seconds.items())
+    return f"{parts}; together {figure(sum(seconds.values()))} s"
+
+
+def wilson(top1: float, images: int) -> tuple[float, float]:
+    """The 95 % interval of an accuracy (percent) that was counted on `images` images (Wilson 1927)."""
+    share, square = top1 / 100, Z95**2 / images
+    centre = (share + square / 2) / (1 + square)
+    half = Z95 / (1 + square) * math.sqrt(share * (1 - share) / images + square / (4 * images))
+    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+
+
+def limits(report: Mapping[str, Any]) -> list[str]:
+    """What these figures do not say, as sentences."""
+    images, split, top1 = report["split"]["images"], report["split"]["name"], report["pruned"]["top1"]
+    low, high = wilson(top1, images)
+    found = [
+        f"Accuracy was counted on {count(images, 'image')} ({split}): one image is {figure(100 / images)} points, and "
+        f"the 95 % interval (Wilson) of {top1:.2f} % is {low:.1f} to {high:.1f} %."
+    ]
+    if split == "val":
+        found.append("There is no test split: the same images also chose the weights, so this accuracy is too good.")
+    if report["speedup"]["verdict"] == "not distinguishable":
+        found.append("The speed-up's interval contains 1: on this machine no difference in speed could be measured.")
+    found.append(
+        f"Latency holds for {latency_conditions(report['pruned']['latency_ms'])} on the machine named here; other "
+        "hardware, runtimes and batch sizes have to be measured."
+    )
+    if report["uncounted"]:
+        found.append(f"The MACs leave out {', '.join(report['uncounted'])}, for which there is no count.")
+    found.append(
+        "The proof compares the ONNX files with torch on validation images; it says nothing about the dense network's "
+        "own faults, which the pruned one inherits, nor about images unlike those it was trained on."
+    )
+    return found
+
+
+def without_folder(value: Any) -> Any:
+    """Pages are sent round: of an absolute path only the last part is shown, at any depth of lists and mappings."""
+    if isinstance(value, Mapping):
+        return {key: without_folder(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folder(part) for part in value]
+    if isinstance(value, str):
+        for path in (PurePosixPath(value), PureWindowsPath(value)):
+            if path.is_absolute():
+                return path.name or value
+    return value
+
+
+def command(recipe: Mapping[str, Any]) -> str:
+    """The command line that repeats the run from the recipe beside the report; the checkpoint by its file name."""
+    model = recipe["model"]
+    words = ["compress", "prune", Path(str(without_folder(model["path"]))).name]
+    if model["arch"]:
+        words += ["--arch", str(without_folder(model["arch"]))]
+    for key, value in model["arch_args"].items():
+        words += ["--arch-arg", f"{key}={value}"]
+    return shlex.join([*words, "--recipe", "recipe.yaml"])

@@ -1,0 +1,152 @@
+"""Groups: what hangs together, the law pruned == zeroed, and refusals that name the reason."""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compress.errors import PruneError
+from compress.groups import Group, Slice, cut, prove, trace, zero
+from compress.models import ARCHS
+from tests.nets import NETS, PaddedShortcut, lively
+
+EXAMPLE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def halves(groups: tuple[Group, ...], seed: int = 0) -> dict[str, list[int]]:
+    """A random half of every free group's channels."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        g.name: sorted(torch.randperm(g.size, generator=generator)[: max(1, g.size // 2)].tolist())
+        for g in groups
+        if g.frozen is None
+    }
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_pruned_equals_zeroed(name: str) -> None:
+    model = lively(NETS[name]()).double()
+    groups = trace(model, EXAMPLE.double())
+    kept = halves(groups)
+    assert kept
+    zeroed, pruned = copy.deepcopy(model), copy.deepcopy(model)
+    zero(zeroed, groups, kept)
+    cut(pruned, groups, kept)
+    with torch.no_grad():
+        a, b, dense = zeroed(EXAMPLE.double()), pruned(EXAMPLE.double()), model(EXAMPLE.double())
+    assert torch.allclose(a, b, rtol=0, atol=1e-12)
+    assert (a - dense).abs().max() > 1e-3  # the cut is no empty one
+    assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet20_b", "vgg16_bn", "mobilenet_v2"])
+def test_our_architectures_keep_the_law_with_every_group_cut(name: str) -> None:
+    model = lively(ARCHS[name](num_classes=7)).double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    groups = trace(model, x)
+    frozen = {g.name: g.frozen for g in groups if g.frozen}
+    assert len(frozen) == 1 and "output" in next(iter(frozen.values()))  # the classifier alone
+    kept = halves(groups)
+    zeroed, pruned = copy.deepcopy(model), copy.deepcopy(model)
+    zero(zeroed, groups, kept)
+    cut(pruned, groups, kept)
+    with torch.no_grad():
+        a, b = zeroed(x), pruned(x)
+    assert (a - b).abs().max() <= 1e-12 * max(1, a.abs().max())
+
+
+def test_option_a_trunks_are_groups_of_their_own() -> None:
+    groups = {g.name: g for g in trace(ARCHS["resnet20"](), torch.randn(1, 3, 32, 32))}
+    assert {g.size for g in groups.values() if g.frozen is None} == {16, 32, 64}
+    first = groups["conv1"]
+    assert Slice("layer2.0.shortcut.weight", 1) in first.slices and Slice("layer1.2.bn2.weight", 0) in first.slices
+
+
+def test_blocks_and_offsets() -> None:
+    groups = {g.name: g for g in trace(NETS["residual"](), EXAMPLE)}
+    assert Slice("7.weight", 1, block=4) in groups["4.conv2"].slices  # 2x2 places a channel after the flatten
+    groups = {g.name: g for g in trace(NETS["concat"](), EXAMPLE)}
+    assert Slice("join.weight", 1, offset=6) in groups["right"].slices
+    assert Slice("join.weight", 1, offset=0) in groups["left"].slices
+
+
+def test_what_the_tracer_sees_wrongly_is_frozen_and_never_broken() -> None:
+    model = PaddedShortcut().eval()
+    groups = {g.name: g for g in trace(model, EXAMPLE)}
+    assert groups["stem"].frozen  # the trunk, both stages of it
+    assert groups["conv1"].frozen is None
+
+
+def test_grouped_convolutions_are_frozen_with_a_reason() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 2, 1))
+    groups = {g.name: g.frozen for g in trace(model, EXAMPLE)}
+    assert groups["0"] and "grouped convolution" in groups["0"]
+    assert groups["3"] is None
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = NETS["residual"]().train()
+    model[0].weight.requires_grad_(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    trace(model, EXAMPLE)
+    assert model.training and not model[0].weight.requires_grad
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_wrong_group_fails_its_proof_and_only_that_one() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    good = Group("0", 8, (Slice("0.weight", 0), Slice("0.bias", 0), Slice("2.weight", 1)))
+    incomplete = Group("2", 8, (Slice("2.weight", 0), Slice("2.bias", 0)))  # its reader is missing
+    shifted = Group("4", 4, (Slice("4.weight", 0), Slice("4.bias", 0), Slice("6.weight", 1, offset=4)))  # the wrong half
+    judged = {g.name: g for g in prove(model, EXAMPLE, (good, incomplete, shifted))}
+    assert judged["0"].frozen is None
+    assert judged["2"].frozen is not None and "a trial cut fails: RuntimeError" in judged["2"].frozen
+    assert judged["4"].frozen is not None and "differs from zeroing" in judged["4"].frozen
+
+
+def test_a_branch_that_is_off_does_not_hide_a_wrong_group() -> None:
+    """Zero-initialised last norms are usual; the proof must not be fooled by them."""
+
+    class Off(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.bn = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+            self.skip, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+            nn.init.zeros_(self.bn.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.bn(self.b(self.a(x).relu())) + self.skip(x))
+
+    wrong = Group("a", 4, (Slice("a.weight", 0), Slice("a.bias", 0), Slice("b.weight", 1, offset=4)))
+    (judged,) = prove(Off(), EXAMPLE, (wrong,))
+    assert judged.frozen is not None and "differs" in judged.frozen
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (nn.Conv2d(5, 4, 1), r"does not run on an input of shape \(2, 3, 16, 16\): RuntimeError"),
+        (nn.Sequential(nn.Conv2d(3, 4, 1)), r"no channel of this network can be removed \(0: its channels reach the output"),
+    ],
+)
+def test_refusals(model: nn.Module, text: str) -> None:
+    with pytest.raises(PruneError, match=text):
+        trace(model, EXAMPLE)
+
+
+def test_tracing_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch_pruning
+
+    def endless(self: object, *args: object, **kwargs: object) -> None:
+        while True:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(torch_pruning.DependencyGraph, "build_dependency", endless)
+    began = time.perf_counter()
+    with pytest.raises(PruneError, match=r"tracing took more than 0.3 s"):
+        trace(NETS["plain"](), EXAMPLE, time_limit=0.3)
+    assert time.perf_counter() - began < 5

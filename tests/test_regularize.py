@@ -1,0 +1,323 @@
+"""Each regulariser is what its paper says: value and gradient against a float64 brute force, and its laws."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compress.groups import Group, trace
+from compress.regularize import REGULARIZERS, Ffr, Halo
+from compress.regularize.ffr import feature_modules
+from compress.regularize.halo import GUARD
+from compress.scores import SCORES
+from tests.nets import NETS, lively
+
+X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def setting(name: str) -> tuple[nn.Module, tuple[Group, ...]]:
+    torch.manual_seed(0)
+    model = lively(NETS[name]()).double()
+    return model, trace(model, X.double())
+
+
+def channels(model: nn.Module, group: Group) -> list[Tensor]:
+    """By brute force: for each channel, every convolution weight that makes or reads it, one by one."""
+    state = dict(model.named_parameters())
+    kinds = dict(model.named_modules())
+    found: list[list[Tensor]] = [[] for _ in range(group.size)]
+    for part in group.slices:
+        owner = kinds[part.name.rpartition(".")[0]]
+        if part.name in state and state[part.name].dim() > 1 and isinstance(owner, nn.Conv2d | nn.ConvTranspose2d):
+            for channel in range(group.size):
+                for index in range(part.block):
+                    at = part.offset + channel * part.block + index
+                    found[channel].append(state[part.name].select(part.dim, at).flatten())
+    return [torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64) for parts in found]
+
+
+def brute(model: nn.Module, groups: tuple[Group, ...], xi: float, decay: float) -> Tensor:
+    """xi * sum sqrt(n) ||w|| / lambda^2 with lambda at its equilibrium, held fixed."""
+    total = torch.zeros((), dtype=torch.float64)
+    for group in groups:
+        if group.frozen is None:
+            for weights in channels(model, group):
+                if len(weights):
+                    u = math.sqrt(len(weights)) * weights.norm()
+                    shrink = (2 * xi * u.detach() / decay) ** 0.25
+                    total = total + xi * u / shrink.clamp(min=GUARD) ** 2
+    return total
+
+
+def gradients(model: nn.Module, value: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    value.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.allclose(a[n], b[n], rtol=1e-10, atol=0) for n in a)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_halo_by_channel(name: str) -> None:
+    model, groups = setting(name)
+    halo = Halo(xi=1e-3)
+    halo.attach(model, groups)
+    mine, wanted = halo.penalty(), brute(model, groups, 1e-3, 1e-4)
+    assert float(mine.detach()) == pytest.approx(float(wanted.detach()), rel=1e-10)
+    assert same(gradients(model, mine), gradients(model, wanted))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_halo_by_weight(name: str) -> None:
+    model, groups = setting(name)
+    halo = Halo(xi=1e-3, psi=1e-2, granularity="weight", solver="sgd", target=3.0)
+    halo.attach(model, groups)
+    (shrink,) = halo.parameters()
+    with torch.no_grad():
+        shrink.copy_(0.5 + torch.rand(shrink.shape, generator=torch.Generator().manual_seed(2)))
+    mine = gradients(model, halo.penalty())
+    mine_shrink = shrink.grad.clone()
+    convs = [p for m in model.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for p in (m.weight, m.bias) if p is not None]
+    free = shrink.detach().clone().requires_grad_()
+    flat = torch.cat([p.flatten() for p in convs])
+    wanted = 1e-3 * (flat.abs() / free**2).sum() + 1e-2 * (free.abs().sum() - 3.0).abs()
+    assert float(halo.penalty().detach()) == pytest.approx(float(wanted.detach()), rel=1e-10)
+    assert same(mine, gradients(model, wanted))
+    assert torch.allclose(mine_shrink, free.grad, rtol=1e-10)
+
+
+def test_halo_sgd_settles_at_the_closed_form_and_without_decay_nowhere() -> None:
+    model, groups = setting("residual")
+    xi, decay = 1e-2, 1e-2
+    for weight_decay, moves in ((decay, True), (0.0, False)):
+        halo = Halo(xi=xi if moves else 1e-8, psi=1e-8, lambda_weight_decay=weight_decay, solver="sgd")
+        halo.attach(model, groups)
+        optimizer = torch.optim.SGD(list(halo.parameters()), lr=0.5, momentum=0.9, weight_decay=weight_decay)
+        for _ in range(4000 if moves else 200):
+            optimizer.zero_grad()
+            halo.penalty().backward()
+            optimizer.step()
+            halo.after_step()
+        (shrink,) = halo.parameters()
+        size = halo.sizes()
+        used = size > 0
+        if moves:
+            assert torch.allclose(shrink[used], (2 * xi * size[used] / decay) ** 0.25, rtol=1e-3)
+        else:
+            assert (shrink - 1).abs().max() < 1e-2  # the trap: the paper's psi and xi alone move nothing
+
+
+def test_halo_guard_keeps_lambda_positive_and_the_gradient_finite() -> None:
+    model, groups = setting("residual")
+    with torch.no_grad():
+        model[0].weight[0] = 0
+        model[0].weight[1] = 1e-30
+    halo = Halo(xi=1e-8)
+    halo.attach(model, groups)
+    found = gradients(model, halo.penalty())
+    assert all(bool(g.isfinite().all()) for g in found.values())
+    assert halo.shrinkage(halo.sizes()).min() >= GUARD
+
+
+def test_halo_shrinks_weak_channels_much_and_strong_ones_little() -> None:
+    """The profiled penalty is concave: under the same strength small channels vanish first."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Conv2d(2, 1, 1, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight[:] = torch.tensor([0.1, 1.0]).view(2, 1, 1, 1)
+        model[1].weight[:] = torch.tensor([0.1, 1.0]).view(1, 2, 1, 1)
+    groups = trace(model, torch.randn(1, 1, 4, 4))
+    halo = Halo(xi=1e2)
+    halo.attach(model, groups)
+    before = halo.sizes()[:2]
+    for _ in range(200):
+        model.zero_grad()
+        halo.penalty().backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 2e-3 * p.grad
+    weak, strong = (halo.sizes()[:2] / before).tolist()
+    assert weak < 0.5 and strong > 0.95
+
+
+@pytest.mark.parametrize("solver", ["closed-form", "sgd"])
+@pytest.mark.parametrize("factor", [0.1, 7.0])
+def test_scaling_multiplies_the_penalty(solver, factor: float) -> None:
+    model, groups = setting("residual")
+    halo = Halo(xi=1e-2, psi=0.0 if solver == "sgd" else 1e-8, solver=solver)
+    halo.attach(model, groups)
+    before = float(halo.penalty().detach())
+    halo.scale_penalty(factor)
+    assert float(halo.penalty().detach()) == pytest.approx(factor * before, rel=1e-6)
+
+
+def test_halo_scores_rank_by_size_and_dead_channels_last() -> None:
+    model, groups = setting("residual")
+    for options in ({}, {"granularity": "weight"}, {"solver": "sgd"}):
+        halo = Halo(xi=1e-2, **options)
+        halo.attach(model, groups)
+        with torch.no_grad():
+            for group in groups:
+                for part in group.slices:
+                    model.state_dict()[part.name].select(part.dim, part.offset).zero_()
+        for group in groups:
+            if group.frozen is None:
+                found = halo.scores()[group.name]
+                assert found.shape == (group.size,) and found.dtype == torch.float32
+                assert found.argmin() == 0 and found[0] == 0
+
+
+class Path(nn.Module):
+    """Blocks in a sequence whose features are given: the path is known."""
+
+    class Step(nn.Module):
+        def __init__(self, shift: Tensor) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+            self.shift = nn.Parameter(shift)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.shift
+
+    def __init__(self, shifts: list[Tensor]) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(self.Step(s) for s in shifts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+def ffr(model: nn.Module, x: Tensor, **options) -> Ffr:
+    made = Ffr(**options)
+    made.attach(model, ())
+    model.train()(x)
+    return made
+
+
+def test_ffr_on_known_paths() -> None:
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    one = torch.full((1, 2, 1, 1), 0.25, dtype=torch.float64)
+    still = Path([torch.zeros_like(one)] * 3)
+    assert float(ffr(still, x, k1=1, k2=1).penalty().detach()) == 0  # zero branches: zero length
+    straight = Path([one.clone() for _ in range(4)])
+    assert float(ffr(straight, x, k1=0, k2=1).penalty().detach()) == pytest.approx(0, abs=1e-7)  # straight: no curvature
+    assert float(ffr(straight, x, k1=0, k2=1, curvature="angle").penalty().detach()) == pytest.approx(0, abs=1e-6)
+    assert float(ffr(straight, x, k1=1, k2=0).penalty().detach()) == pytest.approx(0.25)
+    back = Path([one.clone(), -one.clone()])
+    assert float(ffr(back, x, k1=0, k2=1).penalty().detach()) == pytest.approx(0.5)
+    assert float(ffr(back, x, k1=0, k2=1, curvature="angle").penalty().detach()) == pytest.approx(2)
+
+
+def walk(model: nn.Sequential, x: Tensor, stops: list[int]) -> list[Tensor]:
+    found = []
+    for index, layer in enumerate(model):
+        x = layer(x)
+        if index in stops:
+            found.append(x)
+    return found
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("name", ["residual", "plain"])
+def test_ffr_against_brute_force(name: str, norm: str) -> None:
+    torch.manual_seed(0)
+    if name == "residual":
+        model = NETS["residual"]().double().train()
+        path, blocks = nn.Sequential(*model[:3], *model[3]), {"3.0", "3.1", "4"}
+        stops = [2, 3, 4]  # what enters the first block, and both blocks; the third has another shape
+    else:
+        layers = [[nn.Conv2d(8 if i else 3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()] for i in range(4)]
+        model = nn.Sequential(*sum(layers, []), nn.Flatten(), nn.Linear(2048, 2)).double().train()
+        path, blocks, stops = model, {"2", "5", "8", "11"}, [2, 5, 8, 11]
+    made = Ffr(k1=0.3, k2=0.7, norm=norm, samples=None)
+    made.attach(model, ())
+    assert set(feature_modules(model)) == blocks
+    x = walk(path, X.double(), stops)
+    size = (lambda v: v.abs().mean()) if norm == "l1" else (lambda v: (v**2).mean())
+    length = sum(size(b - a) for a, b in zip(x, x[1:], strict=False)) / (len(x) - 1)
+    bend = sum(size(c - 2 * b + a) for a, b, c in zip(x, x[1:], x[2:], strict=False)) / (len(x) - 2)
+    wanted = 0.3 * length + 0.7 * bend
+    model(X.double())
+    mine = made.penalty()
+    assert float(mine.detach()) == pytest.approx(float(wanted.detach()), rel=1e-10)
+    expected, found = gradients(model, wanted), gradients(model, mine)
+    assert expected.keys() == found.keys()
+    assert all(torch.allclose(expected[n], found[n], rtol=1e-8, atol=1e-14) for n in expected)
+
+
+def test_ffr_pad_joins_segments() -> None:
+    model = NETS["plain"]()
+    made = ffr(model, X, k1=1, k2=0, align="pad")
+    assert float(made.penalty().detach()) > 0
+    assert float(ffr(NETS["plain"](), X, k1=1, k2=0).penalty().detach()) == 0
+
+
+def test_ffr_leaves_no_hook_and_ignores_evaluation() -> None:
+    model = NETS["residual"]()
+    made = Ffr()
+    made.attach(model, ())
+    with pytest.raises(RuntimeError, match="after a forward pass in training mode"):
+        made.penalty()
+    model.eval()(X)
+    with pytest.raises(RuntimeError):
+        made.penalty()
+    model.train()(X)
+    model(X)  # only the last pass counts
+    assert made.penalty().isfinite()
+    made.detach()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with pytest.raises(ValueError, match="neither residual blocks"):
+        Ffr().attach(nn.Linear(2, 2), ())
+
+
+def test_ffr_scores_see_the_batch_norm() -> None:
+    model, groups = setting("residual")
+    with torch.no_grad():
+        model[3][0].bn1.weight[2] = 0.0
+    made = Ffr()
+    made.attach(model, groups)
+    assert made.scores()["3.0.conv1"].argmin() == 2
+    assert made.scores()["3.0.conv1"].max() == 1
+
+
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_state_comes_back(name: str) -> None:
+    model, groups = setting("residual")
+    one, two = REGULARIZERS[name](), REGULARIZERS[name]()
+    one.attach(model, groups)
+    two.attach(model, groups)
+    one.scale_penalty(3.0)
+    two.load_state_dict(one.state_dict())
+    assert one.state_dict() == two.state_dict()
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("net", NETS)
+def test_scores_are_finite_and_whole(name: str, net: str) -> None:
+    model, groups = setting(net)
+    found = SCORES[name](model, groups)
+    assert found.keys() == {g.name for g in groups}
+    for group in groups:
+        assert found[group.name].shape == (group.size,) and found[group.name].dtype == torch.float32
+        assert bool(found[group.name].isfinite().all())
+
+
+@pytest.mark.parametrize("name", [n for n in SCORES if n != "random"])
+def test_a_dead_filter_scores_lowest_and_permuting_filters_permutes_scores(name: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    lively(model)
+    groups = trace(model, X)
+    before = SCORES[name](model, groups)["0"]
+    order = torch.randperm(8)
+    with torch.no_grad():
+        for tensor in (model[0].weight, model[0].bias, model[1].weight, model[1].bias):
+            tensor.copy_(tensor[order].clone())
+    assert torch.allclose(SCORES[name](model, groups)["0"], before[order])
+    with torch.no_grad():
+        for tensor in (model[0].weight, model[0].bias, model[1].weight, model[1].bias):
+            tensor[5] = 0
+    assert SCORES[name](model, groups)["0"].argmin() == 5

@@ -1,0 +1,221 @@
+"""The loop: phases that can be taken up again, losses that stop a run, and a network that is plain afterwards."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from compress import train
+from compress.data import Loader, load, loader
+from compress.errors import DivergedError
+from compress.groups import trace
+from compress.regularize import REGULARIZERS
+from compress.train import Outcome, Progress, Settings, accelerator, evaluate, finetune, recalibrate, schedule
+from tests.nets import NETS
+
+SETTINGS = Settings(epochs=3, lr=0.02, seed=3)
+
+
+@pytest.fixture(scope="module")
+def batches() -> tuple[Loader, Loader]:
+    digits = load("digits", image_size=8, seed=0)
+    options = {"batch_size": 128, "mean": (0.3,) * 3, "std": (0.35,) * 3}
+    return loader(digits.train, train=True, **options), loader(digits.val, train=False, **options)
+
+
+@pytest.fixture
+def device():
+    return accelerator("cpu", "fp32")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return NETS["residual"]()
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    other = b.state_dict()
+    return all(torch.equal(v, other[k]) for k, v in a.state_dict().items())
+
+
+def test_it_learns_and_leaves_a_plain_network(batches, device) -> None:
+    model = network()
+    seen: list[Progress] = []
+    outcome = finetune(model, *batches, SETTINGS, device=device, on_progress=seen.append)
+    assert outcome.history[-1]["loss"] < outcome.history[0]["loss"]
+    assert outcome.best_top1 > 30 and len(outcome.history) == 3
+    assert [p.top1 is not None for p in seen].count(True) == 3 and seen[-1].seconds_left == pytest.approx(0)
+    assert not model.training and not any(p.grad is not None for p in model.parameters())
+    assert "forward" not in vars(model) and not any(m._forward_hooks for m in model.modules())
+    copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("name", [None, *REGULARIZERS])
+def test_a_resumed_phase_equals_an_unbroken_one(batches, device, tmp_path, name: str | None) -> None:
+    def phase(model: nn.Module, state, stop_after: int | None = None) -> Outcome:
+        made = [REGULARIZERS[name]()] if name else []
+        for regularizer in made:
+            regularizer.attach(model, trace(model, torch.randn(1, 3, 8, 8)))
+
+        def stop(progress: Progress) -> None:
+            if progress.top1 is not None and progress.epoch + 1 == stop_after:
+                raise KeyboardInterrupt
+
+        settings = Settings(epochs=3, lr=0.02, seed=3, penalty_share=0.5, keep_best=True)
+        return finetune(model, *batches, settings, device=device, regularizers=made, state=state, on_progress=stop)
+
+    whole, broken = network(), network()
+    expected = phase(whole, tmp_path / "whole.pt")
+    for epoch in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            phase(broken, tmp_path / "broken.pt", stop_after=epoch)
+        broken = network()  # another process would start from the same weights
+    found = phase(broken, tmp_path / "broken.pt")
+    assert equal(whole, broken)
+    assert [{k: v for k, v in e.items() if k != "seconds"} for e in found.history] == [
+        {k: v for k, v in e.items() if k != "seconds"} for e in expected.history
+    ]
+    assert found.strengths == expected.strengths and found.best_epoch == expected.best_epoch
+
+
+def test_the_strength_is_the_named_share_of_the_task_loss(batches, device) -> None:
+    for name in REGULARIZERS:
+        model = network()
+        before = copy.deepcopy(model)
+        regularizer = REGULARIZERS[name]()
+        regularizer.attach(model, trace(model, torch.randn(1, 3, 8, 8)))
+        seen: list[Progress] = []
+        settings = Settings(epochs=1, lr=1e-9, penalty_share=0.25, warmup=0.0)
+        finetune(model, *batches, settings, device=device, regularizers=[regularizer], on_progress=seen.append)
+        assert seen[-1].penalty == pytest.approx(0.25 * seen[-1].loss, rel=0.05)
+        assert torch.equal(model[0].weight, before[0].weight) or (model[0].weight - before[0].weight).abs().max() < 1e-6
+        regularizer.detach()
+
+
+def test_a_network_that_fits_its_data_is_still_penalised(batches, device) -> None:
+    """A tenth of the loss of guessing is the least that the share refers to."""
+
+    class Sure(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 10)
+            self.labels: torch.Tensor | None = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.conv2(self.conv1(x)).mean((2, 3))) * 0 + 50 * F.one_hot(self.labels, 10)
+
+    class Telling:
+        def __init__(self, inner: Loader, model: Sure) -> None:
+            self.inner, self.model = inner, model
+
+        def __len__(self) -> int:
+            return len(self.inner)
+
+        def set_epoch(self, epoch: int) -> None:
+            self.inner.set_epoch(epoch)
+
+        def __iter__(self):
+            for images, labels in self.inner:
+                self.model.labels = labels
+                yield images, labels
+
+    model = Sure()
+    halo = REGULARIZERS["halo"]()
+    halo.attach(model, trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)), torch.randn(1, 3, 8, 8))[:0] or _group())
+    told = [Telling(part, model) for part in batches]
+    seen: list[Progress] = []
+    finetune(model, *told, Settings(epochs=1, lr=1e-9, penalty_share=0.5), device=device, regularizers=[halo], on_progress=seen.append)
+    assert seen[-1].loss < 1e-6
+    assert seen[-1].penalty == pytest.approx(0.5 * 0.1 * math.log(10), rel=0.01)
+
+
+def _group():
+    from compress.groups import Group, Slice
+
+    return (Group("conv1", 4, (Slice("conv1.weight", 0), Slice("conv2.weight", 1))),)
+
+
+def test_a_diverged_loss_stops_and_the_last_good_state_stays(batches, device, tmp_path) -> None:
+    model = network()
+    state = tmp_path / "state.pt"
+
+    def poison(progress: Progress) -> None:
+        if progress.top1 is not None and progress.epoch == 0:
+            with torch.no_grad():
+                model[0].weight[0, 0, 0, 0] = math.inf
+
+    with pytest.raises(DivergedError, match=r"NaN or infinite at epoch 2, step 1 of \d+; .* lower train.lr"):
+        finetune(model, *batches, SETTINGS, device=device, state=state, on_progress=poison)
+    kept = torch.load(state, weights_only=True)
+    assert kept["epoch"] == 1 and all(bool(t.isfinite().all()) for t in kept["model"].values())
+
+
+def test_distillation_pulls_towards_the_teacher(batches, device) -> None:
+    teacher = network().eval()
+    torch.manual_seed(1)
+    student = NETS["residual"]()
+
+    def distance() -> float:
+        images, _ = next(iter(batches[1]))
+        with torch.no_grad():
+            return float(F.kl_div(F.log_softmax(student.eval()(images), 1), F.log_softmax(teacher(images), 1), log_target=True, reduction="batchmean"))
+
+    finetune(student, *batches, Settings(epochs=1, lr=1e-9, distill=1.0), device=device, teacher=teacher)
+    before = distance()
+    frozen = copy.deepcopy(teacher)
+    finetune(student, *batches, Settings(epochs=3, lr=0.02, distill=1.0), device=device, teacher=teacher)
+    assert distance() < 0.5 * before
+    assert equal(frozen, teacher)
+
+
+def test_recalibration_measures_plain_averages_and_touches_no_weight(batches, device) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with torch.no_grad():
+        model[1].running_mean.fill_(7)
+    before = [p.clone() for p in model.parameters()]
+    images = [x for x, _ in batches[1]][:1]
+    recalibrate(model, [(images[0], torch.zeros(0))], device=device)
+    with torch.no_grad():
+        expected = model[0](images[0]).mean((0, 2, 3))
+    assert torch.allclose(model[1].running_mean, expected, atol=1e-5)
+    assert model[1].momentum == 0.1 and all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_top1_and_loss_by_hand(batches, device) -> None:
+    model = network().eval()
+    with torch.no_grad():
+        logits = torch.cat([model(x) for x, _ in batches[1]])
+    labels = torch.cat([y for _, y in batches[1]])
+    top1, loss = evaluate(model, batches[1], device=device)
+    assert top1 == pytest.approx(100 * float((logits.argmax(1) == labels).float().mean()))
+    assert loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+
+
+def test_the_schedule_rises_then_falls_to_nothing() -> None:
+    rates = [schedule(i / 100, 0.1) for i in range(101)]
+    assert rates[0] < 0.05 and max(rates) == pytest.approx(1, abs=0.02) and rates[-1] == pytest.approx(0, abs=1e-9)
+    assert rates.index(max(rates)) in (10, 11)
+    assert schedule(0, 0) == 1
+
+
+def test_compiling_pays_only_for_long_training(batches, device, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    assert not train.compile_pays(model, batches[0], epochs=1, device=device)
+    assert train.compile_pays(model, batches[0], epochs=10**7, device=device)
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    assert not train.compile_pays(model, batches[0], epochs=10**7, device=device)
+
+
+def test_bf16_runs_where_the_processor_has_it(batches) -> None:
+    if not train.has_bf16(on_cpu=True):
+        pytest.skip("no bf16 in hardware here")
+    device = accelerator("cpu", "auto")
+    assert device.mixed_precision == "bf16"
+    model = network()
+    outcome = finetune(model, *batches, SETTINGS, device=device)
+    assert outcome.best_top1 > 25 and all(p.dtype == torch.float32 for p in model.parameters())
