@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from compress.checkpoint import Checkpoint, ModelInfo
     from compress.cost import Costs
+    from compress.export import Proof
 
 PROVED = 17  # images, the largest batch of the proof
 
@@ -51,6 +52,15 @@ def export(
     costs = cost.measure(network, images[:1])
     with view.working("exporting and proving"):
         proof = to_onnx(network, images, out, metadata=_metadata(info, source, costs), opset=opset)
+    _show(out, about, proof)
+    if as_json:
+        view.document({
+            "onnx": str(out), "size_bytes": out.stat().st_size, "params": int(costs.total("params")),
+            "macs": int(costs.total("macs")), "inputs": about, "proof": proof.model_dump(mode="json"),
+        })  # fmt: skip
+
+
+def _show(out: Path, about: str, proof: Proof) -> None:
     view.note(
         f"{out}: proved equal to torch on {about}: max difference {proof.max_abs_diff:.1g} at outputs of "
         f"{proof.output_scale:.3g}, batches {', '.join(map(str, proof.batches))}"
@@ -59,11 +69,6 @@ def export(
         f"{view.figure(out.stat().st_size / 1e3)} kB, {proof.exporter} exporter, opset {proof.opset}, "
         f"{proof.flushed:,} tiny weights set to zero"
     )
-    if as_json:
-        view.document({
-            "onnx": str(out), "size_bytes": out.stat().st_size, "params": int(costs.total("params")),
-            "macs": int(costs.total("macs")), "inputs": about, "proof": proof.model_dump(mode="json"),
-        })  # fmt: skip
 
 
 def _images(info: ModelInfo, source: str | None) -> tuple[ModelInfo, Tensor, str]:

@@ -32,12 +32,10 @@ def inspect(
     """Show layers, channel groups, what is frozen and why, and the lowest targets within reach."""
     view.set_up(quiet=quiet, verbose=verbose)
     from compress import cost
-    from compress.bench.machine import vector_block
     from compress.cli import arch as architectures
     from compress.cli import load
     from compress.errors import LoadError, UsageError
-    from compress.groups import trace
-    from compress.inputs import image_shape, noise
+    from compress.inputs import image_shape
 
     if metric not in cost.METRICS:
         raise UsageError(f"--metric {metric} is unknown; there are {', '.join(cost.METRICS)}")
@@ -45,31 +43,46 @@ def inspect(
         raise LoadError(f"{model} is an ONNX file: inspect the checkpoint it was made from, or use eval and bench")
     began = time.perf_counter()
     network, info, source = load.network(model, arch, architectures.parse_arch_args(arch_arg or []))
-    loaded = time.perf_counter()
+    seconds = time.perf_counter() - began
     shape = image_shape(network, info, input_size)
-    example = noise(shape, 1)
+    view.note(f"{model}: {info.arch}, images of {' x '.join(map(str, shape))}{', pruned' * info.pruned}")
+    found = _examine(network, shape, metric)
+    view.note(f"loaded in {view.figure(seconds)} s, traced in {view.figure(found['seconds']['trace'])} s")
+    if as_json:
+        names = {"model": str(model), "sha256": source.sha256, "arch": info.arch, "arch_kwargs": info.arch_kwargs}
+        found["seconds"]["load"] = seconds
+        view.document({**names, "input_size": list(shape), "pruned": info.pruned, **found})
+
+
+def _examine(network: nn.Module, shape: tuple[int, int, int], metric: str) -> dict[str, Any]:
+    """Price and trace the network, showing each finding at once: tracing may fail where the layers are still of use."""
+    from compress import cost
+    from compress.bench.machine import vector_block
+    from compress.groups import trace
+    from compress.inputs import noise
+
+    example, block = noise(shape, 1), vector_block()
     costs = cost.measure(network, example)
     layers = _layers(network, costs)
-    view.note(f"{model}: {info.arch}, images of {' x '.join(map(str, shape))}{', pruned' * info.pruned}")
     _show_layers(layers, metric)
-    traced = time.perf_counter()
+    began = time.perf_counter()
     with view.working("tracing and proving the channel groups"):
         groups = trace(network, example)
-    seconds = {"load": loaded - began, "trace": time.perf_counter() - traced}
-    reach = _reach(groups, costs, vector_block())
+    seconds = time.perf_counter() - began
+    reach = _reach(groups, costs, block)
     _show_groups(groups, costs)
-    _show_reach(reach, vector_block())
-    view.note(f"loaded in {view.figure(seconds['load'])} s, traced in {view.figure(seconds['trace'])} s")
-    if as_json:
-        view.document({
-            "model": str(model), "sha256": source.sha256, "arch": info.arch, "arch_kwargs": info.arch_kwargs,
-            "input_size": list(shape), "pruned": info.pruned, **{name: row["total"] for name, row in reach.items()},
-            "layers": layers, "groups": [_group(group) for group in groups], "uncounted": list(costs.unknown),
-            "frozen": {group.name: group.frozen for group in groups if group.frozen},
-            "lowest": {name: row["lowest"] for name, row in reach.items()},
-            "lowest_in_blocks": {name: row["lowest_in_blocks"] for name, row in reach.items()},
-            "block": vector_block(), "seconds": seconds,
-        })  # fmt: skip
+    _show_reach(reach, block)
+    return {
+        **{name: row["total"] for name, row in reach.items()},
+        "layers": layers,
+        "groups": [_group(group) for group in groups],
+        "frozen": {group.name: group.frozen for group in groups if group.frozen},
+        "uncounted": list(costs.unknown),
+        "lowest": {name: row["lowest"] for name, row in reach.items()},
+        "lowest_in_blocks": {name: row["lowest_in_blocks"] for name, row in reach.items()},
+        "block": block,
+        "seconds": {"trace": seconds},
+    }
 
 
 def _layers(network: nn.Module, costs: Costs) -> list[dict[str, Any]]:

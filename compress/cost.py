@@ -160,11 +160,11 @@ _MACS: dict[Any, Callable[[Sequence[Any], Tensor], tuple[Tensor | None, float]]]
 _UNCOUNTED = ("einsum", "lstm", "gru", "rnn", "cdist", "grid_sampler", "attention", "baddbmm", "matmul")
 
 
-class _MacCounter(TorchDispatchMode):
+class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes, for each weight, how many multiply-adds one of its elements takes part in per image."""
 
     def __init__(self, names: Mapping[int, str], images: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.prices: dict[str, float] = defaultdict(float)
         self.fixed = 0.0
         self.unknown: set[str] = set()

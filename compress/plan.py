@@ -17,9 +17,10 @@ from compress.errors import PruneError, TargetError, UsageError
 from compress.groups import Group, cut, trace
 from compress.scores import SCORES, Scores
 
-Allocation = Literal["global", "uniform"]
+Allocation = Literal["relative", "global", "uniform"]
 ALLOCATIONS: dict[Allocation, str] = {
-    "global": "all layers compete: the lowest score per cost leaves first, wherever it is",
+    "relative": "all layers compete: the lowest score, in units of the layer's mean, leaves first",
+    "global": "all layers compete: the lowest such score per cost leaves first",
     "uniform": "every layer keeps about the same share of its channels, its highest scores",
 }
 
@@ -43,7 +44,7 @@ def select(
     metric: Metric = "params",
     round_to: int = 1,
     adapt: bool = False,
-    allocation: Allocation = "global",
+    allocation: Allocation = "relative",
     floor: float = 0.0,
 ) -> Plan:
     """Choose the channels to keep so that the cost falls to at most `keep` of the whole, and as little below as blocks allow.
@@ -223,8 +224,9 @@ def _descend(
         kept, lower = widths.kept[name], below(name)
         if allocation == "uniform":
             return -kept / widths.size[name]
-        saved = widths.change(name, lower)
-        return (worth[name][kept] - worth[name][lower]) / saved if saved > 0 else math.inf
+        lost = worth[name][kept] - worth[name][lower]
+        saved = widths.change(name, lower) if allocation == "global" else kept - lower
+        return lost / saved if saved > 0 else math.inf
 
     total = dense
     version = dict.fromkeys(blocks, 0)
@@ -242,7 +244,7 @@ def _descend(
             continue
         total -= widths.change(name, below(name))
         widths.kept[name] = below(name)
-        stale = {name} if allocation == "uniform" else widths.neighbours(name) & blocks.keys()
+        stale = {name} if allocation != "global" else widths.neighbours(name) & blocks.keys()
         for other in stale:
             version[other] += 1
             if below(other) >= least[other]:

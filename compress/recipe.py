@@ -46,7 +46,7 @@ class PrunePart(BaseModel):
     keep: float = Field(0.5, gt=0, le=1, description="share of the metric that remains")
     metric: Metric = Field("params", description="what `keep` is a share of")
     round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="channel block; auto: the machine's vector unit")
-    allocation: Literal["global", "uniform"] = Field("global", description="how layers compete")
+    allocation: Literal["relative", "global", "uniform"] = Field("relative", description="how layers compete")
     floor: float = Field(0.5, ge=0, le=1, description="least width of a layer, as a share of the even width")
     rounds: int = Field(1, ge=1, le=100, description="sparse training and cut, this often, on a geometric path to keep")
     penalty_share: float = Field(0.1, ge=0, le=10, description="penalty at the start, as a share of the task loss")
@@ -87,10 +87,10 @@ class Recipe(BaseModel):
 
     model_config = _FROZEN
     model: ModelPart
-    data: DataPart = Field(default_factory=DataPart)
-    prune: PrunePart = Field(default_factory=PrunePart)
-    train: TrainPart = Field(default_factory=TrainPart)
-    bench: BenchPart = Field(default_factory=BenchPart)
+    data: DataPart = DataPart()
+    prune: PrunePart = PrunePart()
+    train: TrainPart = TrainPart()
+    bench: BenchPart = BenchPart()
     seed: int = Field(0, ge=0, lt=2**31)
     device: str = Field("auto", description="cpu, cuda, cuda:N; auto: cuda where there is one")
     threads: int | None = Field(None, ge=1, description="CPU threads of training; None: torch's default")
@@ -112,7 +112,12 @@ def make(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
         if not equals or section.count("."):
             raise UsageError(f"--set {text!r} is not of the form section.key=value, e.g. train.lr=0.01")
         place = merged.setdefault(section, {}) if section else merged
-        place[key] = yaml.safe_load(value)
+        if not isinstance(place, dict):
+            raise UsageError(f"--set {text!r} sets a key of {section}, which is {place!r}; {section} must be a section")
+        try:
+            place[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {text!r}: {value!r} is no YAML value; write for example {path}=0.01") from error
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,13 @@ def pruned_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     )
     logging.captureWarnings(False)
     return folder, result
+
+
+@pytest.fixture
+def in_the_repository(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands run where the bundled checkpoint is; the logging they set up is undone."""
+    monkeypatch.chdir(root)
+    handlers, level = logging.root.handlers, logging.root.level
+    yield
+    logging.captureWarnings(False)
+    logging.root.handlers, logging.root.level = handlers, level

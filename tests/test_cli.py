@@ -1,63 +1,26 @@
-"""The command line as people and programs meet it: verbs, streams, exit codes, error texts."""
+"""The command line as people and programs meet it: every verb with its JSON, and what goes to which stream."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
-import torch
-from torch import nn
-from typer.testing import CliRunner
 
-from compress.cli.app import COMMANDS, app
-from compress.errors import AccuracyError, CompressError
+from compress.cli.app import COMMANDS
+from tests.shell import MODEL, answer, call, copy, refusal
 
-MODEL = "models/digits_resnet20.pt"
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 PYTHON = [sys.executable, "-m", "compress.cli"]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True)
-def in_the_repository(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Commands run where the bundled checkpoint is; the logging they set up is undone."""
-    monkeypatch.chdir(root)
-    handlers, level = logging.root.handlers, logging.root.level
-    yield
-    logging.captureWarnings(False)
-    logging.root.handlers, logging.root.level = handlers, level
-
-
-def call(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def answer(*arguments: object) -> dict[str, Any]:
-    """The JSON document of a command that succeeds; stdout holds nothing else."""
-    result = call(*arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    assert result.stdout.count("\n") == 1
-    document: dict[str, Any] = json.loads(result.stdout)
-    return document
-
-
-def refusal(*arguments: object) -> tuple[int, str]:
-    """The exit code and the one line of a command that fails."""
-    result = call(*arguments)
-    assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and result.stderr.rstrip().endswith(lines[0]), result.stderr
-    return result.exit_code, lines[0].removeprefix("error: ")
 
 
 # --- help and start-up ------------------------------------------------------------------------------------------------
@@ -120,15 +83,25 @@ def test_resume_of_a_finished_run_answers_at_once(pruned_run: tuple[Path, Any]) 
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    options = ["--method", "l1", "--epochs", "60", "--set", "data.image_size=8", "--out", str(folder), "--device", "cpu"]
-    process = subprocess.Popen([*PYTHON, "prune", MODEL, *options], stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "epoch 1/60" in line:
-            process.send_signal(signal.SIGINT)
-            break
-    rest = process.stderr.read()
-    assert process.wait() == 130
+    options = [
+        "--method",
+        "l1",
+        "--epochs",
+        "60",
+        "--set",
+        "data.image_size=8",
+        "--out",
+        str(folder),
+        "--device",
+        "cpu",
+    ]
+    command = [*PYTHON, "prune", MODEL, *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ONE_THREAD) as process:
+        assert process.stderr is not None
+        assert any("epoch 1/60" in line for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130
     assert f"stopped; continue with: compress resume {folder}" in rest
     assert rest.endswith("error: interrupted\n")
     shorten = folder / "state" / "prepare.json"  # so that the test need not wait for 60 epochs
@@ -249,14 +222,12 @@ def test_methods_are_those_of_the_tables() -> None:
 def test_verify_passes_in_another_place(pruned_run: tuple[Path, Any], tmp_path: Path) -> None:
     document = answer("verify", copy(pruned_run[0], tmp_path / "moved"))
     assert document["ok"] and document["failed"] == 0
-    assert {check["name"] for check in document["checks"] if check["state"] == "ok"} >= {"ONNX == torch", "top-1", "costs"}
+    assert {check["name"] for check in document["checks"] if check["state"] == "ok"} >= {
+        "ONNX == torch",
+        "top-1",
+        "costs",
+    }
     assert not (tmp_path / "moved" / "state").exists()  # nothing was written
-
-
-def copy(folder: Path, to: Path) -> Path:
-    import shutil
-
-    return Path(shutil.copytree(folder, to, ignore=shutil.ignore_patterns("state")))
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------
@@ -271,129 +242,3 @@ def test_without_json_stdout_is_empty_and_quiet_is_quiet() -> None:
 def test_verbose_adds_the_traceback() -> None:
     assert "Traceback" not in call("inspect", "absent.pt").stderr
     assert "Traceback" in call("inspect", "absent.pt", "-v").stderr
-
-
-# --- exit codes and error texts ---------------------------------------------------------------------------------------
-
-PRUNE = ["prune", MODEL, "--dry-run"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ([*PRUNE, "--method", "nope"], "--method nope is unknown; there are halo, "),
-        ([*PRUNE, "--score", "nope"], "--score nope is unknown; there are l1, "),
-        ([*PRUNE, "--regularize", "nope"], "--regularize nope is unknown; there are halo, "),
-        ([*PRUNE, "--target", "0"], "prune.keep = 0.0: input should be greater than 0"),
-        ([*PRUNE, "--target", "1.5"], "prune.keep = 1.5: input should be less than or equal to 1"),
-        ([*PRUNE, "--round-to", "foo"], "prune.round_to = 'foo': input should be a valid integer"),
-        ([*PRUNE, "--round-to", "0"], "prune.round_to = 0: input should be greater than or equal to 1"),
-        ([*PRUNE, "--metric", "flops"], "prune.metric = 'flops': input should be 'params', 'macs' or 'size'"),
-        ([*PRUNE, "--set", "train.nope=1"], "the recipe has no key 'train.nope'"),
-        ([*PRUNE, "--set", "nope"], "--set 'nope' is not of the form section.key=value"),
-        ([*PRUNE, "--arch-arg", "nope"], "--arch-arg 'nope' is not of the form key=value"),
-        ([*PRUNE, "--recipe", "absent.yaml"], "the recipe absent.yaml cannot be read"),
-        (["resume", "tests"], "tests holds no run (no recipe.yaml)"),
-        (["verify", "tests"], "tests holds no run (no recipe.yaml)"),
-        (["report", "tests"], "tests holds no run (no recipe.yaml)"),
-        (["inspect", MODEL, "--metric", "flops"], "--metric flops is unknown; there are params, macs, size"),
-        (["eval", MODEL, "--split", "nope"], "--split nope is unknown; there are test, val and train"),
-        (["eval", "x.onnx", "--arch", "resnet20"], "--arch is for checkpoints; x.onnx holds its network"),
-        (["export", MODEL, "--out", "x.pt"], "--out x.pt must end in .onnx"),
-        (["bench", "x.onnx", "--batch", "1,zero"], "--batch '1,zero' is not of the form N or N,N,..."),
-        (["bench", "x.onnx", "--runtime", "nope"], "--runtime nope is unknown; there are ort-cpu, ort-cuda"),
-    ],
-)
-def test_usage_errors_end_with_2(arguments: list[str], text: str) -> None:
-    code, line = refusal(*arguments)
-    assert code == 2
-    assert line.startswith(text)
-
-
-@pytest.mark.parametrize("arguments", [["prune"], ["prune", MODEL, "--nope"], ["nope"], ["bench"], ["inspect", MODEL, "--input-size", "x"]])
-def test_what_typer_refuses_ends_with_2(arguments: list[str]) -> None:
-    result = call(*arguments)
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("Usage: ")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["inspect", "absent.pt"], "absent.pt does not exist: check the path"),
-        (["prune", "pyproject.toml"], "is truncated, damaged or no PyTorch checkpoint"),
-        (["prune", MODEL, "--arch", "resnet56", "--dry-run"], "does not fit the network: 180 names"),
-        (["prune", MODEL, "--arch", "resnet21", "--dry-run"], "--arch 'resnet21' is unknown (did you mean resnet"),
-        (["inspect", "x.onnx"], "x.onnx is an ONNX file: inspect the checkpoint it was made from"),
-        (["eval", MODEL, "--data", "absent/folder"], "data 'absent/folder' does not exist"),
-        (["eval", "absent.onnx"], "absent.onnx is not a file"),
-        (["bench", "pyproject.toml"], "pyproject.toml is not an ONNX file that ONNX Runtime can load"),
-    ],
-)
-def test_what_cannot_be_loaded_ends_with_3(arguments: list[str], text: str) -> None:
-    code, line = refusal(*arguments)
-    assert code == 3
-    assert text in line
-
-
-def test_a_network_that_cannot_be_pruned_ends_with_4(tmp_path: Path) -> None:
-    (tmp_path / "single.py").write_text(
-        "from torch import nn\ndef build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(48, 10))\n"
-    )
-    torch.save(nn.Sequential(nn.Flatten(), nn.Linear(48, 10)).state_dict(), tmp_path / "single.pt")
-    arguments = ["inspect", tmp_path / "single.pt", "--arch", f"{tmp_path / 'single.py'}:build"]
-    assert refusal(*arguments) == (2, "the size of the network's images is not known: give --input-size N, in pixels a side")
-    code, line = refusal(*arguments, "--input-size", "4")
-    assert code == 4
-    assert line.startswith("no channel of this network can be removed (1: ")
-
-
-def test_a_target_out_of_reach_ends_with_5_and_names_the_lowest() -> None:
-    code, line = refusal("prune", MODEL, "--method", "l1", "--target", "0.0001", "--dry-run")
-    assert code == 5
-    assert "the target 0.0001 of the params is out of reach; the lowest reachable share is 0.0009" in line
-
-
-def test_a_changed_onnx_file_ends_with_6(pruned_run: tuple[Path, Any], tmp_path: Path) -> None:
-    moved = copy(pruned_run[0], tmp_path / "moved")
-    changed = onnx.load(moved / "model.onnx")
-    bias = next(tensor for tensor in changed.graph.initializer if list(tensor.dims) == [10])
-    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 0.5, bias.name))
-    onnx.save(changed, moved / "model.onnx")
-    result = call("verify", moved, "--json")
-    assert result.exit_code == 6
-    states = {check["name"]: check["state"] for check in json.loads(result.stdout)["checks"]}
-    assert states["model.onnx"] == states["ONNX == torch"] == "FAILED"
-    assert f"error: {moved} fails 2 checks: model.onnx: sha256 is " in result.stderr.replace("\n", " ")
-
-
-def test_a_command_on_an_existing_file_overwrites_nothing(tmp_path: Path) -> None:
-    (tmp_path / "kept.onnx").write_text("precious")
-    code, line = refusal("export", MODEL, "--out", tmp_path / "kept.onnx")
-    assert code == 2 and line.endswith("exists already; choose another --out or give --force")
-    assert (tmp_path / "kept.onnx").read_text() == "precious"
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "text"),
-    [
-        (CompressError("one line"), 1, "one line"),
-        (AccuracyError("too low"), 7, "too low"),
-        (PermissionError(13, "Permission denied", "/x/y"), 1, "/x/y: Permission denied (run with -v for the traceback)"),
-        (ZeroDivisionError("by\nzero"), 1, "unexpected ZeroDivisionError: by (-v shows the traceback; please report it)"),
-        (KeyboardInterrupt(), 130, "interrupted"),
-    ],
-)
-def test_every_error_has_its_exit_code(
-    error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from compress.cli.app import guarded
-
-    def command() -> None:
-        raise error
-
-    with pytest.raises(SystemExit) as raised:
-        guarded(command)()
-    assert raised.value.code == code
-    assert capsys.readouterr().err == f"error: {text}\n"

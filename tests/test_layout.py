@@ -17,8 +17,8 @@ FLOORS = {
     "groups": 2,
     "cost": 3, "scores": 3, "regularize": 3,
     "plan": 4, "train": 4, "export": 4, "checkpoint": 4,
-    "fit": 5, "folder": 5, "report": 5,
-    "pipeline": 6, "inputs": 6,
+    "fit": 5, "folder": 5, "report": 5, "inputs": 5,
+    "pipeline": 6,
     "verify": 7,
     "cli": 9,
 }  # fmt: skip

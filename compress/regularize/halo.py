@@ -73,7 +73,7 @@ class Halo:
     def penalty(self) -> Tensor:
         """The two terms, shape (), differentiable in the weights and (`sgd`) in lambda, gradients in closed form."""
         own = [] if self._lambda is None else [self._lambda]
-        total: Tensor = _Penalty.apply(self, *own, *self._tensors)
+        total: Tensor = _Penalty.apply(self, *own, *self._tensors)  # type: ignore[no-untyped-call]
         return total
 
     def after_step(self) -> None:
@@ -91,20 +91,23 @@ class Halo:
             shrink = self.shrinkage(size)
             if self.granularity == "filter":
                 flat = (size / self._elements * shrink.square()).float().cpu()
-                return dict(zip((g.name for g in self._groups), flat.split([g.size for g in self._groups]), strict=True))
-            assert self._model is not None
-            worth = dict(zip(self._tensors, (size * shrink.square()).split([t.numel() for t in self._tensors]), strict=True))
-            return {
-                group.name: sum(
-                    (
-                        rows(worth[t].view_as(t), part, group.size).sum(1)
-                        for part, t in weights(self._model, group)
-                        if t in worth
-                    ),
-                    start=torch.zeros(group.size, device=size.device),
-                ).float().cpu()
-                for group in self._groups
-            }
+                parts = torch.split(flat, [group.size for group in self._groups])
+                return {group.name: part for group, part in zip(self._groups, parts, strict=True)}
+            return self._filter_sums(size * shrink.square())
+
+    def _filter_sums(self, worth: Tensor) -> dict[str, Tensor]:
+        """A value per penalised weight, added up over the filters that make each channel."""
+        assert self._model is not None
+        parts = torch.split(worth, [t.numel() for t in self._tensors])
+        laid = {id(t): part.view_as(t) for t, part in zip(self._tensors, parts, strict=True)}
+        found: dict[str, Tensor] = {}
+        for group in self._groups:
+            total = worth.new_zeros(group.size)
+            for part, tensor in weights(self._model, group):
+                if id(tensor) in laid:
+                    total += rows(laid[id(tensor)], part, group.size).sum(1)
+            found[group.name] = total.float().cpu()
+        return found
 
     def detach(self) -> None:
         self._tensors, self._units, self._groups, self._model, self._lambda = [], [], (), None, None
@@ -174,7 +177,7 @@ class _Penalty(torch.autograd.Function):
     """The penalty with its gradient written out, so that no graph over all weights is kept."""
 
     @staticmethod
-    def forward(ctx: Any, halo: Halo, *inputs: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, halo: Halo, *inputs: Tensor) -> Tensor:
         size = halo.sizes()
         shrink = halo.shrinkage(size)
         ctx.halo, ctx.size, ctx.shrink = halo, size, shrink
@@ -197,13 +200,16 @@ class _Penalty(torch.autograd.Function):
 def _weight_gradients(halo: Halo, size: Tensor, pull: Tensor) -> list[Tensor]:
     """Chain `d value / d u` on to the weights: u = |w|, or u = sqrt(n) * ||w|| with d u / d w = n * w / u."""
     if halo.granularity == "weight":
-        parts = pull.split([t.numel() for t in halo._tensors])
+        parts = torch.split(pull, [t.numel() for t in halo._tensors])
         return [part.view_as(t) * t.detach().sign() for t, part in zip(halo._tensors, parts, strict=True)]
     slope = torch.where(size > 0, pull * halo._elements / size.clamp(min=1e-30), 0.0)
-    return [
-        t.detach() * sum((unit.spread(slope, t) for unit in units), start=torch.zeros((), device=t.device))
-        for t, units in zip(halo._tensors, halo._units, strict=True)
-    ]
+    found: list[Tensor] = []
+    for tensor, units in zip(halo._tensors, halo._units, strict=True):
+        factor = units[0].spread(slope, tensor)
+        for unit in units[1:]:
+            factor = factor + unit.spread(slope, tensor)
+        found.append(tensor.detach() * factor)
+    return found
 
 
 def _conv_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -213,7 +219,7 @@ def _conv_parameters(model: nn.Module) -> list[nn.Parameter]:
         for module in model.modules()
         if isinstance(module, nn.modules.conv._ConvNd)
         for parameter in (module.weight, module.bias)
-        if parameter is not None and parameter.requires_grad
+        if isinstance(parameter, nn.Parameter) and parameter.requires_grad
     ]
 
 
