@@ -18,25 +18,33 @@ if TYPE_CHECKING:
     from compress.folder import RunFolder
     from compress.recipe import Recipe
 
-Text = Optional[str]  # noqa: UP007, UP045  typer reads annotations at run time
-Number = Optional[float]  # noqa: UP007, UP045
+Text = Optional[str]  # noqa: UP045  typer reads annotations at run time
+Number = Optional[float]  # noqa: UP045
 
 
 def prune(
     model: options.Model,
     method: Annotated[Text, typer.Option("--method", help="halo, ffr, l2, ...: see `compress methods`")] = None,
-    target: Annotated[Number, typer.Option("--target", help="Share of the metric to keep, above 0 and at most 1")] = None,
-    metric: Annotated[Text, typer.Option("--metric", help="params, macs or size: what the target is a share of")] = None,
+    target: Annotated[
+        Number, typer.Option("--target", help="Share of the metric to keep, above 0 and at most 1")
+    ] = None,
+    metric: Annotated[
+        Text, typer.Option("--metric", help="params, macs or size: what the target is a share of")
+    ] = None,
     score: Annotated[Text, typer.Option("--score", help="Another importance than the method's own")] = None,
-    regularize: Annotated[Optional[list[str]], typer.Option("--regularize", help="A further regulariser; may repeat")] = None,  # noqa: UP007, UP045
+    regularize: Annotated[
+        list[str] | None, typer.Option("--regularize", help="A further regulariser; may repeat")
+    ] = None,
     arch: options.Arch = None,
     arch_arg: options.ArchArg = None,
     data: options.Data = None,
-    epochs: Annotated[Optional[int], typer.Option("--epochs", help="All training together")] = None,  # noqa: UP007, UP045
+    epochs: Annotated[Optional[int], typer.Option("--epochs", help="All training together")] = None,  # noqa: UP045
     round_to: Annotated[Text, typer.Option("--round-to", metavar="N|auto", help="Channel block of the widths")] = None,
-    recipe: Annotated[Optional[Path], typer.Option("--recipe", help="YAML file; options go on top")] = None,  # noqa: UP007, UP045
-    set_: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Any knob, e.g. train.lr=0.01")] = None,  # noqa: UP007, UP045
-    out: Annotated[Optional[Path], typer.Option("--out", help="Run folder; default: runs/DATE-MODEL-METHOD-HASH")] = None,  # noqa: UP007, UP045
+    recipe: Annotated[Optional[Path], typer.Option("--recipe", help="YAML file; options go on top")] = None,  # noqa: UP045
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any knob, e.g. train.lr=0.01")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder; default: runs/DATE-MODEL-METHOD-HASH")] = None,
     seed: options.Seed = None,
     device: options.Device = None,
     threads: options.Threads = None,
@@ -119,7 +127,7 @@ def _run(recipe: Recipe, network: nn.Module, info: ModelInfo, folder: RunFolder,
         with view.Live() as live:
             report = pipeline.run(recipe, network, info, folder=folder, source_sha256=sha256, on_event=live.show)
     except KeyboardInterrupt:
-        view.note(f"stopped; continue with: compress resume {folder.path}")
+        view.hint(f"stopped; continue with: compress resume {folder.path}")
         raise
     view.result(report)
     if as_json:
@@ -157,9 +165,7 @@ def _show_plan(recipe: Recipe, network: nn.Module, info: ModelInfo, *, as_json: 
 
     size = info.input_size or (3, recipe.data.image_size or 32, recipe.data.image_size or 32)
     plan, groups, costs = pipeline.dry_run(recipe, network, torch.randn(1, *size))
-    rows = [
-        (g.name, str(g.size), str(len(plan.kept.get(g.name, range(g.size)))), g.frozen or "") for g in groups
-    ]
+    rows = [(g.name, str(g.size), str(len(plan.kept.get(g.name, range(g.size)))), g.frozen or "") for g in groups]
     view.table("widths as the weights stand now, before any training", ("group", "dense", "kept", "frozen"), rows)
     view.note(f"{plan.metric}: {plan.reached:.4f} of {view.figure(costs.total(plan.metric))} would remain")  # type: ignore[arg-type]
     if as_json:

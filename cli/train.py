@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -11,19 +11,28 @@ from compress.cli import options, view
 
 
 def train(
-    arch: Annotated[str, typer.Option("--arch", help="resnet20 ..., timm:NAME, torchvision:NAME, pkg.module:function, file.py:function")],
+    arch: Annotated[
+        str,
+        typer.Option("--arch", help="resnet20 ..., timm:NAME, torchvision:NAME, pkg.module:function, file.py:function"),
+    ],
     data: Annotated[str, typer.Option("--data", help="digits, a folder, Parquet files, hf:NAME, pkg.module:function")],
     out: Annotated[Path, typer.Option("--out", help="Checkpoint to write: .pt or .safetensors")],
-    init: Annotated[Optional[Path], typer.Option("--init", help="Start from these weights instead of from scratch")] = None,  # noqa: UP007, UP045
+    init: Annotated[
+        Path | None, typer.Option("--init", help="Start from these weights instead of from scratch")
+    ] = None,
     arch_arg: options.ArchArg = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1)] = 60,
     lr: Annotated[float, typer.Option("--lr", help="Peak rate of SGD, for batch 128")] = 0.1,
     batch_size: Annotated[int, typer.Option("--batch-size", min=2)] = 128,
     label_smoothing: Annotated[float, typer.Option("--label-smoothing", min=0, max=0.99)] = 0.0,
-    image_size: Annotated[Optional[int], typer.Option("--image-size", min=4, help="Pixels a side; default: the network's")] = None,  # noqa: UP007, UP045
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", min=4, help="Pixels a side; default: the network's")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, auto")] = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.state, left by an interrupted training")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from OUT.state, left by an interrupted training")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file")] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -71,6 +80,11 @@ def train(
     origin = {"top1": fitted.top1, "split": fitted.split, "epochs": epochs, "seed": seed, "lr": lr}
     save(out, model, fitted.info.model_copy(update={"origin": {**fitted.info.origin, **origin}}))
     state.unlink(missing_ok=True)
-    view.note(f"{out}: top-1 {fitted.top1:.2f} % on {fitted.split}, best validation epoch {fitted.outcome.best_epoch + 1} of {epochs}")
+    view.note(
+        f"{out}: top-1 {fitted.top1:.2f} % on {fitted.split}, "
+        f"best validation epoch {fitted.outcome.best_epoch + 1} of {epochs}"
+    )
     if as_json:
-        view.document({"out": str(out), "top1": fitted.top1, "split": fitted.split, "val_top1": fitted.outcome.best_top1})
+        view.document(
+            {"out": str(out), "top1": fitted.top1, "split": fitted.split, "val_top1": fitted.outcome.best_top1}
+        )

@@ -72,6 +72,6 @@ def line(error: BaseException) -> str:
 
 
 def close_to(name: str, options: Iterable[str]) -> str:
-    """" (did you mean X?)" for a misspelled name, or nothing."""
+    """ " (did you mean X?)" for a misspelled name, or nothing."""
     close = " or ".join(difflib.get_close_matches(name, list(options), n=3))
     return close and f" (did you mean {close}?)"

@@ -48,6 +48,11 @@ def error(text: str) -> None:
     _console.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 
+def hint(text: str) -> None:
+    """What to do next after a failure; shown even when quiet."""
+    _console.print(escape(text), soft_wrap=True, highlight=False)
+
+
 def traceback() -> None:
     _console.print_exception()
 

@@ -90,7 +90,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def load(path: Path | str, model: nn.Module) -> ModelInfo:
-    """Fill `model`, a network of the architecture in the file, from a checkpoint; what the file says beside the weights.
+    """Fill `model`, a network of the file's architecture, with its weights; returns what the file says beside them.
 
     Raises:
         LoadError: as `read` and `load_into`.
@@ -166,9 +166,7 @@ def save(path: Path, model: nn.Module, info: ModelInfo, *, integers: Mapping[str
     atomic_write(path, safetensors.torch.save(tensors, metadata))
 
 
-def save_pt(
-    path: Path, model: nn.Module, info: ModelInfo, *, integers: Mapping[str, Mapping[str, int]] = NONE
-) -> None:
+def save_pt(path: Path, model: nn.Module, info: ModelInfo, *, integers: Mapping[str, Mapping[str, int]] = NONE) -> None:
     """Save the same as a dict for `torch.load(path, weights_only=True)`, the weights under `state_dict`; see `save`."""
     tensors, aliases = _tensors(model)
     state = tensors | {name: tensors[kept] for name, kept in aliases.items()}

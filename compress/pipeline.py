@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress import checkpoint, cost, data, train
-from compress.data import Loader, Split
+from compress import checkpoint, cost, data, inputs, train
 from compress.bench.machine import describe, vector_block
 from compress.checkpoint import ModelInfo
-from compress.errors import DataError, UsageError
+from compress.data import Loader, Split
+from compress.errors import UsageError
 from compress.fit import complete
 from compress.folder import RunFolder
 from compress.groups import Group, trace
@@ -94,7 +94,8 @@ class _Run:
             "seed": self.recipe.seed,
             "source_sha256": self.folder.read("env.json")["source_sha256"],
         }
-        info = self.info.model_copy(update={"pruned": pruned, "origin": origin})
+        update = {"pruned": pruned, "origin": origin, "data": _public(self.info.data)}
+        info = self.info.model_copy(update=update)
         checkpoint.save(self.folder.path / name, model, info, integers=underived(model, self.dense))
 
 
@@ -130,6 +131,7 @@ def run(
             result = stage(opened)
             seconds = max(time.perf_counter() - began, sum(e["seconds"] for e in result.get("history", ())))
             folder.write(f"state/{name}.json", {**result, "seconds": seconds})
+        opened.device.end_training()
         return folder.read("report.json")
 
 
@@ -144,7 +146,7 @@ def dry_run(recipe: Recipe, model: nn.Module, example: Tensor) -> tuple[Plan, tu
 def epochs(recipe: Recipe, steps_per_epoch: int) -> tuple[list[int], int]:
     """How the epochs are spent: sparse epochs of each round, recovery epochs."""
     prune, part = recipe.prune, recipe.train
-    total = part.epochs or max(6, -(-2500 // steps_per_epoch))
+    total = part.epochs or max(6, -(-1500 // steps_per_epoch))
     trains = prune.method in REGULARIZERS or prune.regularize or prune.rounds > 1
     if not trains:
         return [0], total
@@ -192,7 +194,9 @@ def _sparsify(run: _Run) -> dict[str, Any]:
         name = f"round-{index + 1}"
         if not run.folder.has(f"state/{name}.json"):
             regularizers = _regularizers(plan.method, plan.regularize)
-            result = _one_round(run, model, name, count, regularizers, strengths, teacher, plan.keep ** ((index + 1) / len(rounds)))
+            result = _one_round(
+                run, model, name, count, regularizers, strengths, teacher, plan.keep ** ((index + 1) / len(rounds))
+            )
             run.folder.write(f"state/{name}.json", result)
         result = run.folder.read(f"state/{name}.json")
         strengths = result["regularizers"]
@@ -212,7 +216,7 @@ def _one_round(
     teacher: nn.Module | None,
     keep: float,
 ) -> dict[str, Any]:
-    """Train `count` epochs with the penalties, score, cut to `keep` of the dense cost, recalibrate; saves the network."""
+    """Train `count` epochs with the penalties, score, cut to `keep` of the dense cost, recalibrate, save."""
     example = run.example()
     groups = trace(model, example)
     model = _on(run, model)
@@ -261,7 +265,9 @@ def _recover(run: _Run) -> dict[str, Any]:
     last = len(prepared["epochs"]["sparse"])
     model = _on(run, run.network(f"state/round-{last}.safetensors"))
     teacher = _teacher(run)
-    settings = replace(_settings(run, prepared["epochs"]["recover"], "recover"), keep_best=True, distill=_distill(run, teacher))
+    settings = replace(
+        _settings(run, prepared["epochs"]["recover"], "recover"), keep_best=True, distill=_distill(run, teacher)
+    )
     outcome = _train(run, model, "recover", settings, (), teacher)
     run.save("pruned.safetensors", model.cpu())
     return {
@@ -340,18 +346,14 @@ def _open(
     """Load the data and the dense weights; save what a resume needs of both."""
     emit(Event("load"))
     part = recipe.data
-    source = part.source or info.data or ""
-    if not source:
-        raise DataError("no data set: give --data (digits, a folder, Parquet files, hf:NAME, or pkg.module:function)")
-    channels, size = (info.input_size[0], info.input_size[1]) if info.input_size else (3, part.image_size)
-    loaded = data.load(
-        source,
-        image_size=part.image_size or size,
-        channels=channels,
+    info = info.model_copy(update={"mean": part.mean or info.mean, "std": part.std or info.std})
+    loaded = inputs.load_data(
+        info,
+        part.source or None,
+        image_size=part.image_size,
         val_share=part.val_share,
         seed=recipe.seed,
         max_unreadable=part.max_unreadable,
-        num_classes=len(info.labels) if info.labels else None,
     )
     for note in loaded.notes:
         emit(Event("load", note))
@@ -360,6 +362,10 @@ def _open(
         info = ModelInfo.model_validate_json(folder_info.read_text())
         checkpoint.load_into(model, checkpoint.read(folder.path / "state" / "dense.safetensors"))
     else:
+        if info.mean is None or info.std is None:
+            emit(
+                Event("load", "normalisation: measured on the training images; data.mean and data.std set another one")
+            )
         info = complete(info, loaded)
         folder.write("env.json", {**describe(), "seed": recipe.seed, "source_sha256": source_sha256})
         checkpoint.save(folder.path / "state" / "dense.safetensors", model, info)
@@ -405,7 +411,7 @@ def _settings(run: _Run, count: int, phase: str) -> train.Settings:
         clip_norm=part.clip_norm,
         temperature=part.temperature,
         compile=bool(run.folder.read("state/prepare.json")["compile"]),
-        seed=run.recipe.seed * 1000 + list((*(f"round-{i}" for i in range(1, 101)), "recover")).index(phase),
+        seed=run.recipe.seed * 1000 + (0 if phase == "recover" else int(phase.removeprefix("round-"))),
     )
 
 
@@ -424,9 +430,18 @@ def _train(
     def on_progress(progress: train.Progress) -> None:
         run.emit(Event(name, progress=progress))
         if progress.top1 is not None:
-            line = {"phase": name, "epoch": progress.epoch, "loss": progress.loss, "penalty": progress.penalty, "val_top1": progress.top1}
+            line = {
+                "phase": name,
+                "epoch": progress.epoch,
+                "loss": progress.loss,
+                "penalty": progress.penalty,
+                "val_top1": progress.top1,
+            }
             with metrics.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+            run.device.log(
+                {f"{name}/{key}": value for key, value in line.items() if key != "phase"}, step=progress.epoch
+            )
 
     return train.finetune(
         model,
@@ -478,6 +493,11 @@ def _metadata(run: _Run, model: nn.Module, example: Tensor, name: str) -> dict[s
         name: {"params": costs.total("params"), "macs": costs.total("macs")},
     }
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+
+
+def _public(source: str | None) -> str | None:
+    """The data set's name as an output may carry it: a path on this machine means nothing elsewhere."""
+    return None if source is None or Path(source).is_absolute() else source
 
 
 def _on(run: _Run, model: nn.Module) -> nn.Module:

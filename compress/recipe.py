@@ -31,9 +31,15 @@ class DataPart(BaseModel):
     model_config = _FROZEN
     source: str = Field("", description="--data; empty: the data set that the checkpoint names")
     image_size: int | None = Field(None, ge=4, description="pixels a side; None: the network's input size")
+    mean: tuple[float, ...] | None = Field(None, description="per channel, of images in 0..1; None: as the file says")
+    std: tuple[float, ...] | None = Field(None, description="likewise; where the file says nothing both are measured")
     val_share: float = Field(0.1, gt=0, lt=1, description="share of train held out when no val split is given")
-    augment: Literal["auto", "none", "crop", "flip-crop"] = Field("auto", description="auto: by data set, no flips of digits")
-    max_unreadable: float = Field(0.01, ge=0, le=1, description="share of unreadable images that fails the run above it")
+    augment: Literal["auto", "none", "crop", "flip-crop"] = Field(
+        "auto", description="auto: by data set, no flips of digits"
+    )
+    max_unreadable: float = Field(
+        0.01, ge=0, le=1, description="share of unreadable images that fails the run above it"
+    )
 
 
 class PrunePart(BaseModel):
@@ -45,8 +51,10 @@ class PrunePart(BaseModel):
     score: str = Field("", description="importance; empty: the method's own")
     keep: float = Field(0.5, gt=0, le=1, description="share of the metric that remains")
     metric: Metric = Field("params", description="what `keep` is a share of")
-    round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="channel block; auto: the machine's vector unit")
-    allocation: Literal["relative", "global", "uniform"] = Field("relative", description="how layers compete")
+    round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="channel block; auto: the machine's vector unit"
+    )
+    allocation: Literal["uniform", "relative", "global"] = Field("uniform", description="how layers compete")
     floor: float = Field(0.5, ge=0, le=1, description="least width of a layer, as a share of the even width")
     rounds: int = Field(1, ge=1, le=100, description="sparse training and cut, this often, on a geometric path to keep")
     penalty_share: float = Field(0.1, ge=0, le=10, description="penalty at the start, as a share of the task loss")
@@ -57,17 +65,21 @@ class TrainPart(BaseModel):
     """The loop. Defaults are those of the ResNet and CIFAR literature unless a line says otherwise."""
 
     model_config = _FROZEN
-    epochs: int | None = Field(None, ge=1, description="all phases together; None: enough for 2,500 steps, at least 6")
+    epochs: int | None = Field(None, ge=1, description="all phases together; None: enough for 1,500 steps, at least 6")
     sparse_share: float = Field(0.4, gt=0, lt=1, description="share of the epochs that train towards sparsity")
     batch_size: int = Field(128, ge=2, description="images a step (He et al., arXiv 1512.03385)")
-    lr: float = Field(0.05, gt=0, description="peak, for batch 128; half of the from-scratch 0.1: weights are pretrained")
+    lr: float = Field(
+        0.05, gt=0, description="peak, for batch 128; half of the from-scratch 0.1: weights are pretrained"
+    )
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
     warmup: float = Field(0.1, ge=0, lt=1, description="share of a phase's steps with rising rate")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="off: distillation softens the labels already")
     clip_norm: float = Field(5.0, gt=0, description="largest norm of the gradient")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
-    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: when the phase is long enough")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile; auto: when the phase is long enough"
+    )
     distill: float = Field(0.9, ge=0, le=1, description="weight of the dense model's soft labels after a cut; 0: off")
     temperature: float = Field(4.0, gt=0, description="of the soft labels (Hinton et al., arXiv 1503.02531)")
     trackers: tuple[str, ...] = Field((), description="experiment trackers that accelerate knows, e.g. tensorboard")
@@ -148,7 +160,10 @@ def _first_error(error: ValidationError) -> str:
     first, place = errors[0], errors[0]["loc"][:2]  # what follows names the kinds that one knob may have
     name = ".".join(str(part) for part in (first["loc"] if first["type"] == "extra_forbidden" else place))
     if first["type"] == "extra_forbidden":
-        return f"the recipe has no key {name!r}; see `compress prune --help` and CONTRIBUTING.md for the keys"
+        parts = {name: field.annotation for name, field in Recipe.model_fields.items() if name in SECTIONS}
+        section = parts.get(str(place[0])) if len(place) > 1 else Recipe
+        assert isinstance(section, type) and issubclass(section, BaseModel), place
+        return f"the recipe has no key {name!r}; there are {', '.join(section.model_fields)}"
     texts = [found["msg"][0].lower() + found["msg"][1:] for found in errors if found["loc"][:2] == place]
     rest = len(errors) - len(texts)
     return f"{name} = {first['input']!r}: {', or '.join(texts)}" + (f" (and {rest} more)" if rest else "")

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.data import Loader
-from compress.errors import DivergedError
+from compress.errors import DivergedError, TrackerError, UsageError
 from compress.files import atomic_path
 from compress.regularize import Regularizer
 
@@ -78,24 +79,50 @@ class Outcome:
     strengths: list[dict[str, float]] = field(default_factory=list)
 
 
-def accelerator(device: str = "auto", precision: str = "auto", trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
+def accelerator(
+    device: str = "auto", precision: str = "auto", trackers: Sequence[str] = (), folder: Path | None = None
+) -> Accelerator:
     """The accelerate object of a run: device, autocast and processes.
 
     precision `auto` takes bf16 where the CPU (AVX512-BF16 or AMX) or the GPU has it in hardware.
+
+    Raises:
+        UsageError: a device that is unknown or not here. TrackerError: a tracker that is unknown or not installed.
     """
+    _check_device(device)
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
 
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
     AcceleratorState._reset_state()  # one process may run several prunings, each with its own precision
     PartialState._reset_state()
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     bf16 = precision == "bf16" or (precision == "auto" and has_bf16(on_cpu))
-    return Accelerator(
-        cpu=on_cpu,
-        mixed_precision="bf16" if bf16 else "no",
-        log_with=list(trackers) or None,
-        project_dir=folder if trackers else None,
-    )
+    precision = "bf16" if bf16 else "no"
+    if not trackers:
+        return Accelerator(cpu=on_cpu, mixed_precision=precision)
+    try:
+        made = Accelerator(cpu=on_cpu, mixed_precision=precision, log_with=list(trackers), project_dir=folder)
+    except ValueError as error:
+        raise TrackerError(f"train.trackers = {list(trackers)}: {str(error).splitlines()[0]}") from error
+    made.init_trackers("compress")
+    if len(made.trackers) < len(trackers):
+        here = ", ".join(tracker.name for tracker in made.trackers) or "none"
+        raise TrackerError(
+            f"of the trackers {', '.join(trackers)}, only these are installed here: {here}; pip install them"
+        )
+    return made
+
+
+def _check_device(device: str) -> None:
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
+        raise UsageError(f"the device {device!r} is unknown; allowed are auto, cpu, cuda and cuda:N")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"there is no device {device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
 
 
 def has_bf16(on_cpu: bool) -> bool:
@@ -142,7 +169,14 @@ def finetune(
             seconds = time.perf_counter() - began
             outcome.last_top1 = top1
             outcome.history.append(
-                {"epoch": epoch, "loss": loss, "penalty": penalty, "val_top1": top1, "val_loss": val_loss, "seconds": seconds}
+                {
+                    "epoch": epoch,
+                    "loss": loss,
+                    "penalty": penalty,
+                    "val_top1": top1,
+                    "val_loss": val_loss,
+                    "seconds": seconds,
+                }
             )
             if settings.keep_best and top1 >= outcome.best_top1:
                 best = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
@@ -173,7 +207,9 @@ def evaluate(model: nn.Module, loader: Loader, *, device: Accelerator) -> tuple[
     return 100 * right / total, loss / total
 
 
-def recalibrate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: Accelerator, batches: int = 40) -> None:
+def recalibrate(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: Accelerator, batches: int = 40
+) -> None:
     """Measure the statistics of every batch norm anew over `batches` batches, plain averages, weights untouched.
 
     After a cut the old ones belong to another network, and judging it by them would be unfair.
@@ -238,7 +274,11 @@ class _Phase:
         self.classes = 2  # until a batch has been seen
         self.best: dict[str, Tensor] | None = None
         self.optimizer = torch.optim.SGD(
-            _parameter_groups(model, regularizers, settings), lr=settings.lr, momentum=settings.momentum, nesterov=True, fused=True
+            _parameter_groups(model, regularizers, settings),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            nesterov=True,
+            fused=True,
         )
         self._rate = 0.0  # images per second
         self._pace = 0.0  # steps per second
@@ -279,14 +319,11 @@ class _Phase:
         before = {name: t.detach().clone() for name, t in self.model.named_buffers()}
         self.model.train()
         self.train.set_epoch(0)
-        task, sizes, batches = 0.0, [0.0] * len(self.regularizers), 0
-        for images, labels in self.train:
+        task, sizes = 0.0, [0.0] * len(self.regularizers)
+        for images, labels in islice(self.train, 4):
             loss, _, penalties = self._losses(images, labels)
             task += max(float(loss.detach()), LEAST_LOSS * math.log(self.classes))
             sizes = [size + float(penalty.detach()) for size, penalty in zip(sizes, penalties, strict=True)]
-            batches += 1
-            if batches == 4:
-                break
         for regularizer, size in zip(self.regularizers, sizes, strict=True):
             if size > 0:
                 regularizer.scale_penalty(share * task / size)
@@ -356,13 +393,12 @@ class _Phase:
 
     def _check(self, sums: Tensor, epoch: int, step: int) -> None:
         """Stop at a NaN or infinite loss; on a GPU only every 16 steps, since looking waits for the device."""
-        if self.device.device.type == "cpu" or step % 16 == 15 or step == self.steps - 1:
-            if not math.isfinite(float(sums.sum())):
-                raise DivergedError(
-                    f"the loss became NaN or infinite at epoch {epoch + 1}, step {step + 1} of {self.steps}; "
-                    "the last good state is kept: lower train.lr or prune.penalty_share and resume"
-                )
-
+        is_due = self.device.device.type == "cpu" or step % 16 == 15 or step == self.steps - 1
+        if is_due and not math.isfinite(float(sums.sum())):
+            raise DivergedError(
+                f"the loss became NaN or infinite at epoch {epoch + 1}, step {step + 1} of {self.steps}; the last good "
+                "state is kept; start again with a lower train.lr or prune.penalty_share (--set train.lr=0.01)"
+            )
 
 
 def schedule(done: float, warmup: float) -> float:
@@ -372,7 +408,9 @@ def schedule(done: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
-def _parameter_groups(model: nn.Module, regularizers: Sequence[Regularizer], settings: Settings) -> list[dict[str, Any]]:
+def _parameter_groups(
+    model: nn.Module, regularizers: Sequence[Regularizer], settings: Settings
+) -> list[dict[str, Any]]:
     """Matrices and filters decay; vectors (norms, biases) do not; a regulariser's own parameters decay as it says."""
     learned = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [

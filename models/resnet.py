@@ -39,9 +39,7 @@ class SelectChannels(nn.Conv2d):
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         missing: list[str] = []
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys.extend(key for key in missing if key != f"{prefix}weight")
 
 

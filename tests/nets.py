@@ -16,7 +16,9 @@ class Residual(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs or stride > 1 else nn.Identity()
+        self.shortcut = (
+            nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs or stride > 1 else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
@@ -53,10 +55,10 @@ class Concat(nn.Module):
 
 def depthwise() -> nn.Module:
     """Pointwise, depthwise, pointwise, as in MobileNets."""
-    return nn.Sequential(
-        nn.Conv2d(3, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU6(), nn.Conv2d(12, 12, 3, 1, 1, groups=12, bias=False),
-        nn.BatchNorm2d(12), nn.ReLU6(), nn.Conv2d(12, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
-    )  # fmt: skip
+    first = [nn.Conv2d(3, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU6()]
+    middle = [nn.Conv2d(12, 12, 3, 1, 1, groups=12, bias=False), nn.BatchNorm2d(12), nn.ReLU6()]
+    last = [nn.Conv2d(12, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    return nn.Sequential(*first, *middle, *last)
 
 
 def transposed() -> nn.Module:
@@ -68,7 +70,7 @@ def transposed() -> nn.Module:
 
 
 class PaddedShortcut(nn.Module):
-    """Zero channels padded to the shortcut by a fixed amount: tracers see the trunk wrongly, and cutting it is wrong."""
+    """Zero channels padded to the shortcut by a fixed amount: tracers see the trunk wrongly, and cutting it breaks."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -82,7 +82,9 @@ def test_what_the_tracer_sees_wrongly_is_frozen_and_never_broken() -> None:
 
 
 def test_grouped_convolutions_are_frozen_with_a_reason() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 2, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 2, 1)
+    )
     groups = {g.name: g.frozen for g in trace(model, EXAMPLE)}
     assert groups["0"] and "grouped convolution" in groups["0"]
     assert groups["3"] is None
@@ -98,10 +100,14 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_a_wrong_group_fails_its_proof_and_only_that_one() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    )
     good = Group("0", 8, (Slice("0.weight", 0), Slice("0.bias", 0), Slice("2.weight", 1)))
     incomplete = Group("2", 8, (Slice("2.weight", 0), Slice("2.bias", 0)))  # its reader is missing
-    shifted = Group("4", 4, (Slice("4.weight", 0), Slice("4.bias", 0), Slice("6.weight", 1, offset=4)))  # the wrong half
+    shifted = Group(
+        "4", 4, (Slice("4.weight", 0), Slice("4.bias", 0), Slice("6.weight", 1, offset=4))
+    )  # the wrong half
     judged = {g.name: g for g in prove(model, EXAMPLE, (good, incomplete, shifted))}
     assert judged["0"].frozen is None
     assert judged["2"].frozen is not None and "a trial cut fails: RuntimeError" in judged["2"].frozen
@@ -130,7 +136,10 @@ def test_a_branch_that_is_off_does_not_hide_a_wrong_group() -> None:
     ("model", "text"),
     [
         (nn.Conv2d(5, 4, 1), r"does not run on an input of shape \(2, 3, 16, 16\): RuntimeError"),
-        (nn.Sequential(nn.Conv2d(3, 4, 1)), r"no channel of this network can be removed \(0: its channels reach the output"),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 1)),
+            r"no channel of this network can be removed \(0: its channels reach the output",
+        ),
     ],
 )
 def test_refusals(model: nn.Module, text: str) -> None:

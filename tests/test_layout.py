@@ -34,7 +34,12 @@ WALLS = {  # foreign package -> the rooms that may import it
 
 def _sources() -> list[Path]:
     folders = [ROOT / "compress", ROOT / "cli", ROOT / "models"]
-    return sorted(p for f in folders for p in f.rglob("*.py") if not p.is_relative_to(ROOT / "compress" / "cli") and not p.is_relative_to(ROOT / "compress" / "models"))
+    return sorted(
+        p
+        for f in folders
+        for p in f.rglob("*.py")
+        if not p.is_relative_to(ROOT / "compress" / "cli") and not p.is_relative_to(ROOT / "compress" / "models")
+    )
 
 
 def _room(path: Path) -> str:

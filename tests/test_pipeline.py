@@ -18,16 +18,27 @@ from compress.folder import RunFolder
 from compress.pipeline import epochs, run
 from compress.recipe import make
 
-ARGUMENTS = ["--method", "halo", "--target", "0.2", "--epochs", "5", "--set", "data.image_size=8", "--set", "prune.rounds=2", "-q"]
+ARGUMENTS = [
+    "--method",
+    "halo",
+    "--target",
+    "0.2",
+    "--epochs",
+    "5",
+    "--set",
+    "data.image_size=8",
+    "--set",
+    "prune.rounds=2",
+    "-q",
+]
 # The moments of the kills: each file appears in another stage, while the next piece of work is under way.
 MOMENTS = ["state/round-1.pt", "state/round-2.pt", "state/recover.pt", "state/recover.json", "state/export.json"]
 
 
 def start(root: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "compress.cli", *arguments], cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    command = [sys.executable, "-m", "compress.cli", *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
 
 
 def finish(process: subprocess.Popen[str]) -> None:
@@ -76,7 +87,7 @@ def test_how_epochs_are_spent() -> None:
     assert spent(method="l2", epochs=3) == ([0], 3)  # nothing to train before the cut
     assert spent(method="l2", epochs=4, regularize=("ffr",)) == ([2], 2)
     assert sum(spent(method="halo")[0]) + spent(method="halo")[1] >= 6
-    with pytest.raises(UsageError, match="train.epochs = 1 is too few: halo needs an epoch for each of 1 rounds"):
+    with pytest.raises(UsageError, match=r"train.epochs = 1 is too few: halo needs an epoch for each of 1 rounds"):
         spent(method="halo", epochs=1)
     with pytest.raises(UsageError, match="each of 5 rounds"):
         spent(method="halo", epochs=5, rounds=5)
@@ -112,7 +123,11 @@ class TestFolder:
 
     def test_one_process_at_a_time(self, tmp_path: Path) -> None:
         folder = RunFolder.create(tmp_path / "a", "")
-        with folder.lock(), pytest.raises(RunFolderError, match="another process is working in"), RunFolder.open(tmp_path / "a").lock():
+        with (
+            folder.lock(),
+            pytest.raises(RunFolderError, match="another process is working in"),
+            RunFolder.open(tmp_path / "a").lock(),
+        ):
             pass
         with folder.lock():
             pass
@@ -133,11 +148,19 @@ class TestRecipe:
     @pytest.mark.parametrize(
         ("values", "overrides", "text"),
         [
-            ({"model": {"path": "m"}, "prune": {"keep": 1.5}}, [], r"prune.keep = 1.5: input should be less than or equal to 1"),
+            (
+                {"model": {"path": "m"}, "prune": {"keep": 1.5}},
+                [],
+                r"prune.keep = 1.5: input should be less than or equal to 1",
+            ),
             ({"model": {"path": "m"}, "prune": {"keep": 0}}, [], r"prune.keep = 0: input should be greater than 0"),
             ({"model": {"path": "m"}}, ["train.speed=3"], "the recipe has no key 'train.speed'"),
             ({"model": {"path": "m"}}, ["train.lr"], "--set 'train.lr' is not of the form section.key=value"),
-            ({"model": {"path": "m"}, "prune": {"metric": "flops"}}, [], "prune.metric = 'flops': input should be 'params', 'macs' or 'size'"),
+            (
+                {"model": {"path": "m"}, "prune": {"metric": "flops"}},
+                [],
+                "prune.metric = 'flops': input should be 'params', 'macs' or 'size'",
+            ),
         ],
     )
     def test_refusals(self, values, overrides, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -82,7 +83,13 @@ def test_halo_by_weight(name: str) -> None:
         shrink.copy_(0.5 + torch.rand(shrink.shape, generator=torch.Generator().manual_seed(2)))
     mine = gradients(model, halo.penalty())
     mine_shrink = shrink.grad.clone()
-    convs = [p for m in model.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for p in (m.weight, m.bias) if p is not None]
+    convs = [
+        p
+        for m in model.modules()
+        if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)
+        for p in (m.weight, m.bias)
+        if p is not None
+    ]
     free = shrink.detach().clone().requires_grad_()
     flat = torch.cat([p.flatten() for p in convs])
     wanted = 1e-3 * (flat.abs() / free**2).sum() + 1e-2 * (free.abs().sum() - 3.0).abs()
@@ -204,7 +211,9 @@ def test_ffr_on_known_paths() -> None:
     still = Path([torch.zeros_like(one)] * 3)
     assert float(ffr(still, x, k1=1, k2=1).penalty().detach()) == 0  # zero branches: zero length
     straight = Path([one.clone() for _ in range(4)])
-    assert float(ffr(straight, x, k1=0, k2=1).penalty().detach()) == pytest.approx(0, abs=1e-7)  # straight: no curvature
+    assert float(ffr(straight, x, k1=0, k2=1).penalty().detach()) == pytest.approx(
+        0, abs=1e-7
+    )  # straight: no curvature
     assert float(ffr(straight, x, k1=0, k2=1, curvature="angle").penalty().detach()) == pytest.approx(0, abs=1e-6)
     assert float(ffr(straight, x, k1=1, k2=0).penalty().detach()) == pytest.approx(0.25)
     back = Path([one.clone(), -one.clone()])
@@ -231,14 +240,18 @@ def test_ffr_against_brute_force(name: str, norm: str) -> None:
         stops = [2, 3, 4]  # what enters the first block, and both blocks; the third has another shape
     else:
         layers = [[nn.Conv2d(8 if i else 3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()] for i in range(4)]
-        model = nn.Sequential(*sum(layers, []), nn.Flatten(), nn.Linear(2048, 2)).double().train()
+        model = (
+            nn.Sequential(*(layer for block in layers for layer in block), nn.Flatten(), nn.Linear(2048, 2))
+            .double()
+            .train()
+        )
         path, blocks, stops = model, {"2", "5", "8", "11"}, [2, 5, 8, 11]
     made = Ffr(k1=0.3, k2=0.7, norm=norm, samples=None)
     made.attach(model, ())
     assert set(feature_modules(model)) == blocks
     x = walk(path, X.double(), stops)
     size = (lambda v: v.abs().mean()) if norm == "l1" else (lambda v: (v**2).mean())
-    length = sum(size(b - a) for a, b in zip(x, x[1:], strict=False)) / (len(x) - 1)
+    length = sum(size(b - a) for a, b in pairwise(x)) / (len(x) - 1)
     bend = sum(size(c - 2 * b + a) for a, b, c in zip(x, x[1:], x[2:], strict=False)) / (len(x) - 2)
     wanted = 0.3 * length + 0.7 * bend
     model(X.double())

@@ -126,10 +126,19 @@ def test_a_network_that_fits_its_data_is_still_penalised(batches, device) -> Non
 
     model = Sure()
     halo = REGULARIZERS["halo"]()
-    halo.attach(model, trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)), torch.randn(1, 3, 8, 8))[:0] or _group())
+    halo.attach(
+        model, trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)), torch.randn(1, 3, 8, 8))[:0] or _group()
+    )
     told = [Telling(part, model) for part in batches]
     seen: list[Progress] = []
-    finetune(model, *told, Settings(epochs=1, lr=1e-9, penalty_share=0.5), device=device, regularizers=[halo], on_progress=seen.append)
+    finetune(
+        model,
+        *told,
+        Settings(epochs=1, lr=1e-9, penalty_share=0.5),
+        device=device,
+        regularizers=[halo],
+        on_progress=seen.append,
+    )
     assert seen[-1].loss < 1e-6
     assert seen[-1].penalty == pytest.approx(0.5 * 0.1 * math.log(10), rel=0.01)
 
@@ -163,7 +172,14 @@ def test_distillation_pulls_towards_the_teacher(batches, device) -> None:
     def distance() -> float:
         images, _ = next(iter(batches[1]))
         with torch.no_grad():
-            return float(F.kl_div(F.log_softmax(student.eval()(images), 1), F.log_softmax(teacher(images), 1), log_target=True, reduction="batchmean"))
+            return float(
+                F.kl_div(
+                    F.log_softmax(student.eval()(images), 1),
+                    F.log_softmax(teacher(images), 1),
+                    log_target=True,
+                    reduction="batchmean",
+                )
+            )
 
     finetune(student, *batches, Settings(epochs=1, lr=1e-9, distill=1.0), device=device, teacher=teacher)
     before = distance()

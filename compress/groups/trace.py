@@ -43,15 +43,17 @@ def trace(model: nn.Module, example: Tensor, *, time_limit: float = TIME_LIMIT) 
     try:
         with torch.no_grad():
             twin(example)
-    except Exception as error:  # noqa: BLE001  foreign code
-        raise PruneError(f"the network does not run on an input of shape {tuple(example.shape)}: {_line(error)}") from error
+    except Exception as error:
+        raise PruneError(
+            f"the network does not run on an input of shape {tuple(example.shape)}: {_line(error)}"
+        ) from error
     with _time_limit(time_limit), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             groups = tuple(_read(twin, example))
         except PruneError:
             raise
-        except Exception as error:  # noqa: BLE001  foreign code
+        except Exception as error:
             raise PruneError(f"the network cannot be traced: {_line(error)}") from error
     normed = {g.name for g in groups if any(_is_channel_norm(twin, part) for part in g.slices)}
     groups = prove(twin, example, groups, exempt=lambda group: group.name in normed)
@@ -116,7 +118,11 @@ def _read(twin: nn.Module, example: Tensor) -> Iterator[Group]:
     names = {module: name for name, module in twin.named_modules()}
     seen: set[nn.Module] = set()
     for module, name in names.items():
-        if not isinstance(module, nn.modules.conv._ConvNd | nn.Linear) or module in seen or module not in graph.module2node:
+        if (
+            not isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
+            or module in seen
+            or module not in graph.module2node
+        ):
             continue
         if _is_depthwise(module):
             continue  # its channels belong to the layer that feeds it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -73,7 +74,9 @@ class Ffr:
         segments = self.segments(self._features)
         self._features, self._last = [], None
         lengths = [self._mean([self._size(b - a) for a, b in _pairs(x)]) for x in segments]
-        bends = [self._mean([self._bend(*at) for at in zip(x, x[1:], x[2:], strict=False)]) for x in segments if len(x) > 2]
+        bends = [
+            self._mean([self._bend(*at) for at in zip(x, x[1:], x[2:], strict=False)]) for x in segments if len(x) > 2
+        ]
         return self.k1 * self._mean(lengths) + self.k2 * self._mean(bends)
 
     def segments(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -130,10 +133,10 @@ class Ffr:
     def _record(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if not (module.training and torch.is_grad_enabled() and isinstance(output, Tensor)):
             return
-        entered = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
-        if not isinstance(module, ACTIVATIONS) and entered is not None and entered.shape == output.shape:
-            if self._last is not entered:
-                self._features.append(entered[: self.samples])
+        entered = inputs[0] if inputs else None
+        starts_run = entered is not self._last and not isinstance(module, ACTIVATIONS)
+        if starts_run and isinstance(entered, Tensor) and entered.shape == output.shape:
+            self._features.append(entered[: self.samples])
         self._features.append(output[: self.samples])
         self._last = output
 
@@ -168,7 +171,7 @@ def feature_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _pairs(run: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
-    return zip(run, run[1:], strict=False)
+    return pairwise(run)
 
 
 def _fit(feature: Tensor, like: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class Halo:
         solver: Literal["closed-form", "sgd"] = "closed-form",
         granularity: Literal["filter", "weight"] = "filter",
     ) -> None:
-        if not (xi > 0 and psi >= 0 and lambda_weight_decay > 0 or solver == "sgd" and lambda_weight_decay == 0):
+        if not ((xi > 0 and psi >= 0 and lambda_weight_decay > 0) or (solver == "sgd" and lambda_weight_decay == 0)):
             raise ValueError("xi and lambda_weight_decay must be positive and psi at least 0")
         self.xi, self.psi, self.target = xi, psi, target
         self.lambda_weight_decay = lambda_weight_decay

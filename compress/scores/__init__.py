@@ -19,7 +19,7 @@ Score = Callable[[nn.Module, Sequence[Group]], Scores]
 
 
 def l1(model: nn.Module, groups: Sequence[Group]) -> Scores:
-    """Sum of absolute filter weights (Li et al., Pruning Filters for Efficient ConvNets, arXiv 1608.08710, section 3)."""
+    """Sum of absolute filter weights (Li et al., Pruning Filters, arXiv 1608.08710, section 3)."""
     return _filter_norms(model, groups, 1)
 
 
