@@ -57,34 +57,32 @@ def prune(
 ) -> None:
     """Checkpoint in, smaller ONNX file out: train, cut, recover, export, prove, measure."""
     view.set_up(quiet=quiet, verbose=verbose)
-    from compress.cli import arch as architectures
-    from compress.recipe import make, read
+    from compress.cli import load
+    from compress.cli.arch import parse_arch_args
+    from compress.errors import UsageError
+    from compress.folder import RunFolder
 
-    if resume and out is not None and (out / "recipe.yaml").is_file():
-        _finish(out, as_json=as_json)
-        return
-    values = read(recipe) if recipe is not None else {}
-    arch_args = architectures.parse_arch_args(arch_arg or [])
+    if resume and out is None:
+        raise UsageError("--resume needs the --out of the run to continue (or use: compress resume DIR)")
     given: dict[str, dict[str, Any]] = {
-        "model": {"path": str(model.absolute()), "arch": arch, "arch_args": arch_args or None},
+        "model": {
+            "path": str(model.absolute()), "arch": _absolute_code(arch), "arch_args": parse_arch_args(arch_arg or []),
+        },
         "data": {"source": _absolute(data)},
         "prune": {
-            "method": method, "keep": target, "metric": metric, "score": score, "regularize": regularize or None,
+            "method": method, "keep": target, "metric": metric, "score": score, "regularize": regularize,
             "round_to": int(round_to) if round_to is not None and round_to.isdigit() else round_to,
         },
         "train": {"epochs": epochs},
         "": {"seed": seed, "device": device, "threads": threads},
     }  # fmt: skip
-    for section, keys in given.items():
-        place = values.setdefault(section, {}) if section else values
-        place.update({key: value for key, value in keys.items() if value is not None})
-    checked = make(values, set_ or [])
-    _check_methods(checked.prune.method, checked.prune.regularize, checked.prune.score)
-
-    from compress.cli import load
-    from compress.folder import RunFolder
-
-    network, info, source = load.network(model, arch, arch_args)
+    begun = out if resume and out is not None and (out / "recipe.yaml").is_file() else None
+    checked = _recipe(recipe, given, set_ or [], begun)
+    if begun is not None:
+        _check_same(checked, begun)
+        _finish(begun, as_json=as_json)
+        return
+    network, info, source = load.network(model, checked.model.arch or None, checked.model.arch_args)
     if dry_run:
         _show_plan(checked, network, info, as_json=as_json)
         return
@@ -104,6 +102,36 @@ def resume(
     _finish(folder, as_json=as_json)
 
 
+def _recipe(file: Path | None, given: dict[str, dict[str, Any]], overrides: list[str], begun: Path | None) -> Recipe:
+    """The recipe file (or that of the run begun), the options on top of it, --set on top of both; checked."""
+    from compress.recipe import make, read
+
+    values = read(begun / "recipe.yaml") if begun is not None else {}
+    for section, keys in (read(file) if file is not None else {}).items():
+        values[section] = {**values.get(section, {}), **keys} if isinstance(keys, dict) else keys
+    for section, keys in given.items():
+        place = values.setdefault(section, {}) if section else values
+        place.update({key: value for key, value in keys.items() if value not in (None, {}, [])})
+    checked = make(values, overrides)
+    _check_methods(checked.prune.method, checked.prune.regularize, checked.prune.score)
+    return checked
+
+
+def _check_same(wanted: Recipe, folder: Path) -> None:
+    """--resume goes on with the run as it was begun; other options would be ignored, so they are refused."""
+    from compress.errors import UsageError
+    from compress.recipe import make, read
+
+    begun = make(read(folder / "recipe.yaml")).model_dump()
+    for section, values in wanted.model_dump().items():
+        parts = values if isinstance(values, dict) else {"": values}
+        for key, value in parts.items():
+            before = begun[section][key] if key else begun[section]
+            if value != before:
+                name = f"{section}.{key}".rstrip(".")
+                raise UsageError(f"{folder} was begun with {name} = {before!r}, not {value!r}; choose another --out")
+
+
 def _finish(path: Path, *, as_json: bool) -> None:
     from compress.cli import load
     from compress.folder import RunFolder
@@ -111,23 +139,29 @@ def _finish(path: Path, *, as_json: bool) -> None:
 
     folder = RunFolder.open(path)
     recipe = make(read(path / "recipe.yaml"))
-    if folder.has("state/dense.safetensors"):  # the run's own copy: the source may be gone by now
-        network, info, _ = load.network(path / "state" / "dense.safetensors", None, {})
-        sha256 = ""
-    else:
-        network, info, source = load.network(Path(recipe.model.path), recipe.model.arch or None, recipe.model.arch_args)
-        sha256 = source.sha256
+    own = path / "state" / "dense.safetensors"
+    is_copied = folder.has("state/info.json")  # written last: then the run has its own copy of the dense network
+    source = own if is_copied else Path(recipe.model.path)
+    network, info, read_file = load.network(source, recipe.model.arch or None, recipe.model.arch_args)
+    sha256 = folder.read("env.json")["source_sha256"] if is_copied else read_file.sha256
     _run(recipe, network, info, folder, sha256, as_json=as_json)
 
 
 def _run(recipe: Recipe, network: nn.Module, info: ModelInfo, folder: RunFolder, sha256: str, *, as_json: bool) -> None:
     from compress import pipeline
+    from compress.errors import RunFolderError
 
     try:
         with view.Live() as live:
             report = pipeline.run(recipe, network, info, folder=folder, source_sha256=sha256, on_event=live.show)
     except KeyboardInterrupt:
         view.hint(f"stopped; continue with: compress resume {folder.path}")
+        raise
+    except RunFolderError:
+        raise  # somebody else is working in it
+    except Exception:
+        if not folder.has("state/prepare.json"):
+            folder.discard()  # nothing has been done that a resume could use
         raise
     view.result(report)
     if as_json:
@@ -146,11 +180,20 @@ def _check_methods(method: str, regularize: tuple[str, ...], score: str) -> None
     ):
         if name not in allowed:
             raise UsageError(f"{option} {name} is unknown; there are {', '.join(allowed)}: see `compress methods`")
+    twice = next((name for name in regularize if (method, *regularize).count(name) > 1), None)
+    if twice:
+        raise UsageError(f"--regularize {twice}: {twice} takes part already; name each regulariser once")
 
 
 def _absolute(source: str | None) -> str | None:
     """A path that exists becomes absolute, so that a resume works from anywhere; names stay as they are."""
     return str(Path(source).absolute()) if source and Path(source).exists() else source
+
+
+def _absolute_code(arch: str | None) -> str | None:
+    """The file in file.py:function becomes absolute; other names stay as they are."""
+    file, separator, function = (arch or "").rpartition(":")
+    return f"{Path(file).absolute()}:{function}" if separator and Path(file).is_file() else arch
 
 
 def _default_folder(model: Path, method: str, recipe: str) -> Path:
@@ -159,14 +202,13 @@ def _default_folder(model: Path, method: str, recipe: str) -> Path:
 
 
 def _show_plan(recipe: Recipe, network: nn.Module, info: ModelInfo, *, as_json: bool) -> None:
-    import torch
+    from compress import inputs, pipeline
 
-    from compress import pipeline
-
-    size = info.input_size or (3, recipe.data.image_size or 32, recipe.data.image_size or 32)
-    plan, groups, costs = pipeline.dry_run(recipe, network, torch.randn(1, *size))
+    shape = inputs.image_shape(network, info, recipe.data.image_size)
+    plan, groups, costs, score = pipeline.dry_run(recipe, network, inputs.noise(shape, 1))
     rows = [(g.name, str(g.size), str(len(plan.kept.get(g.name, range(g.size)))), g.frozen or "") for g in groups]
-    view.table("widths as the weights stand now, before any training", ("group", "dense", "kept", "frozen"), rows)
-    view.note(f"{plan.metric}: {plan.reached:.4f} of {view.figure(costs.total(plan.metric))} would remain")  # type: ignore[arg-type]
+    view.table(f"widths as the weights stand now, ranked by {score}", ("group", "dense", "kept", "frozen"), rows)
+    view.note(f"{plan.metric}: {plan.reached:.4f} of {view.figure(costs.total(recipe.prune.metric))} would remain")
     if as_json:
-        view.document({"plan": plan.model_dump(mode="json"), "frozen": {g.name: g.frozen for g in groups if g.frozen}})
+        frozen = {group.name: group.frozen for group in groups if group.frozen}
+        view.document({"plan": plan.model_dump(mode="json"), "score": score, "frozen": frozen})

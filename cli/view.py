@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,8 +101,9 @@ def figure(value: float) -> str:
 
 def share(value: float) -> str:
     """A share to ask for: three significant digits, rounded up so that it is not below what was found."""
-    step = 10.0 ** (math.floor(math.log10(value)) - 2) if value > 0 else 1.0
-    return figure(math.ceil(round(value / step, 6)) * step)
+    from compress.plan import rounded_up
+
+    return figure(rounded_up(value))
 
 
 def result(report: Mapping[str, Any]) -> None:

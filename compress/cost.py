@@ -24,7 +24,7 @@ Metric = Literal["params", "macs", "size"]
 METRICS: dict[Metric, str] = {
     "params": "learned parameters",
     "macs": "multiply-adds per image",
-    "size": "bytes of all weights and statistics, as an uncompressed file holds them",
+    "size": "bytes: of the weights here, of the whole ONNX file in a run",
 }
 
 
@@ -52,8 +52,9 @@ def measure(model: nn.Module, example: Tensor) -> Costs:
     Raises:
         PruneError: the network does not run on `example`.
     """
-    state = model.state_dict(keep_vars=True)
+    state = _once(model)
     learned = {name for name, p in model.named_parameters() if p.requires_grad}
+    folded = _folded(model)
     counter = _MacCounter({t.data_ptr(): name for name, t in state.items() if t.dim() > 1}, example.shape[0])
     was_training = model.training
     model.eval()
@@ -68,12 +69,33 @@ def measure(model: nn.Module, example: Tensor) -> Costs:
         shapes={name: tuple(t.shape) for name, t in state.items()},
         prices={
             "params": {name: 1.0 for name in state if name in learned},
-            "size": {name: float(t.element_size()) for name, t in state.items() if t.is_floating_point()},
+            "size": {
+                name: float(t.element_size())
+                for name, t in state.items()
+                if t.is_floating_point() and name not in folded
+            },
             "macs": dict(counter.prices),
         },
         fixed={"params": 0.0, "size": 0.0, "macs": counter.fixed},
         unknown=tuple(sorted(counter.unknown)),
     )
+
+
+def _once(model: nn.Module) -> dict[str, Tensor]:
+    """The state, every tensor under the first of its names: tied weights cost once."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            found[name] = tensor
+            seen.add(id(tensor))
+    return found
+
+
+def _folded(model: nn.Module) -> set[str]:
+    """What an exported file does not hold of batch norms: all but one vector, folded into the layer before."""
+    norms = (name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return {f"{name}.{leaf}" for name in norms for leaf in ("weight", "running_mean", "running_var")}
 
 
 def by_layer(costs: Costs, metric: Metric) -> dict[str, float]:

@@ -68,6 +68,10 @@ class RunFolder:
             raise RunFolderError(f"the run in {path} is not finished (no report.json); continue it: `compress resume`")
         return cls(path)
 
+    def discard(self) -> None:
+        """Delete the folder of a run that has done nothing yet."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for this process; released also when the process is killed.

@@ -15,7 +15,7 @@ from compress.bench.machine import vector_block
 from compress.cost import Costs, Metric, Widths, measure
 from compress.errors import PruneError, TargetError, UsageError
 from compress.groups import Group, cut, trace
-from compress.scores import SCORES, Scores
+from compress.scores import SCORES, Batches, Scores
 
 Allocation = Literal["uniform", "relative", "global"]
 ALLOCATIONS: dict[Allocation, str] = {
@@ -42,6 +42,7 @@ def select(
     *,
     keep: float,
     metric: Metric = "params",
+    whole: float | None = None,
     round_to: int = 1,
     adapt: bool = False,
     allocation: Allocation = "uniform",
@@ -52,6 +53,7 @@ def select(
     Args:
         scores: group name -> (size,), larger = keep. Compared across groups after division by the group's mean.
         keep: share of `metric` that may remain, 0 < keep <= 1.
+        whole: the cost that `keep` is a share of; None: this network's own. For a network that has been cut before.
         round_to: widths become multiples of this block of channels (or stay whole).
         adapt: take a smaller power of two for a group whose block is too coarse for the target (`round_to auto`).
         allocation: how layers compete, a key of ALLOCATIONS.
@@ -71,22 +73,27 @@ def select(
         raise PruneError("no group of channels may be cut; `compress inspect` names the reasons")
     for group in free:
         _check(group, scores)
-    share = {name: keep**power for name, power in _powers(free, costs).items()}
+    total = costs.total(metric)
+    whole = total if whole is None else whole
+    if total <= 0:
+        raise PruneError(f"the network has no {metric} to reduce (are all its parameters fixed?)")
+    here = min(1.0, keep * whole / total)
+    share = {name: here**power for name, power in _powers(free, costs).items()}
     blocks = {group.name: _block(group, round_to, share[group.name] if adapt else None) for group in free}
     least = {group.name: _least(group, blocks[group.name], floor * share[group.name]) for group in free}
     widths = Widths(groups, costs, metric)
-    _make_reachable(widths, blocks, least, keep, adapt=adapt)
+    _make_reachable(widths, blocks, least, keep * whole, adapt=adapt)
     order = {group.name: scores[group.name].argsort(descending=True, stable=True).tolist() for group in free}
     worth = {group.name: _worth(scores[group.name], order[group.name]) for group in free}
     keys = _keys(widths, worth, _powers(free, costs), allocation)
-    _descend(widths, blocks, least, keys, target=keep * widths.total())
-    _give_back(widths, blocks, keys, target=keep * costs.total(metric))
+    _descend(widths, blocks, least, keys, target=keep * whole, whole=whole)
+    _give_back(widths, blocks, keys, target=keep * whole)
     kept = {name: tuple(sorted(ranked[: widths.kept[name]])) for name, ranked in order.items()}
     return Plan(
         kept=kept,
         metric=metric,
         keep=keep,
-        reached=widths.total() / costs.total(metric),
+        reached=widths.total() / whole,
         unaligned={n: len(k) for n, k in kept.items() if len(k) % round_to and len(k) < widths.size[n]},
     )
 
@@ -96,6 +103,12 @@ def lowest(groups: Sequence[Group], costs: Costs, metric: Metric, *, round_to: i
     widths = Widths(groups, costs, metric)
     free = [group for group in groups if group.frozen is None]
     return _lowest(widths, {g.name: min(g.size, _block(g, round_to, None)) for g in free}) / widths.total()
+
+
+def rounded_up(share: float) -> float:
+    """A share to ask for: three significant digits, never below what was found."""
+    step = 10.0 ** (math.floor(math.log10(share)) - 2)
+    return math.ceil(round(share / step, 6)) * step
 
 
 def apply(model: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
@@ -124,6 +137,7 @@ def shrink(
     metric: Metric = "params",
     score: str = "l1",
     round_to: int | Literal["auto"] = 8,
+    batches: Batches | None = None,
 ) -> Plan:
     """Remove the least important channels of `model`, in place, until `keep` of the metric is left at most.
 
@@ -132,6 +146,7 @@ def shrink(
         keep: share of `metric` that may remain, 0 < keep <= 1.
         score: a key of SCORES.
         round_to: widths become multiples of this; `auto` takes this machine's vector unit and adapts to narrow layers.
+        batches: pairs of images and labels, for the scores in DATA_DRIVEN; a few hundred images do.
 
     Raises:
         PruneError, TargetError, UsageError: as `trace` and `select`; the network is untouched then.
@@ -141,7 +156,7 @@ def shrink(
     groups = trace(model, example)
     plan = select(
         groups,
-        SCORES[score](model, groups),
+        SCORES[score](model, groups, batches),
         measure(model, example),
         keep=keep,
         metric=metric,
@@ -177,9 +192,10 @@ def _least(group: Group, block: int, share: float) -> int:
     return min(group.size, math.ceil(wanted / block) * block)
 
 
-def _make_reachable(widths: Widths, blocks: dict[str, int], least: dict[str, int], keep: float, *, adapt: bool) -> None:
+def _make_reachable(
+    widths: Widths, blocks: dict[str, int], least: dict[str, int], target: float, *, adapt: bool
+) -> None:
     """Give up the floor, then (`adapt`) halve the widest blocks, until the target can be reached or nothing is left."""
-    target = keep * widths.total()
     if _lowest(widths, least) > target:
         least.update({name: min(block, widths.size[name]) for name, block in blocks.items()})
     while adapt and max(blocks.values()) > 1 and _lowest(widths, least) > target:
@@ -242,9 +258,11 @@ def _keys(
     return {"uniform": uniform, "relative": relative, "global": per_cost}[allocation]
 
 
-def _descend(widths: Widths, blocks: Mapping[str, int], least: Mapping[str, int], key: Key, *, target: float) -> None:
+def _descend(
+    widths: Widths, blocks: Mapping[str, int], least: Mapping[str, int], key: Key, *, target: float, whole: float
+) -> None:
     """Narrow `widths.kept`, block by block, the least key first, until the total is at most `target`."""
-    total = dense = widths.total()
+    total = widths.total()
 
     def below(name: str) -> int:
         return (widths.kept[name] - 1) // blocks[name] * blocks[name]
@@ -255,9 +273,9 @@ def _descend(widths: Widths, blocks: Mapping[str, int], least: Mapping[str, int]
     while total > target * (1 + 1e-12):
         if not heap:
             raise TargetError(
-                f"the target {target / dense:.4g} of the {widths.metric} is out of reach; the lowest reachable share "
-                f"is {math.ceil(total / dense * 1e4) / 1e4:g}: ask for that, or for a smaller --round-to",
-                lowest=total / dense,
+                f"the target {target / whole:.4g} of the {widths.metric} is out of reach; the lowest reachable share "
+                f"is {rounded_up(total / whole):g}: ask for that, or for a smaller --round-to",
+                lowest=total / whole,
             )
         _, name, seen = heapq.heappop(heap)
         if seen != version[name]:

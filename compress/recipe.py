@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from compress.errors import UsageError
 
 Metric = Literal["params", "macs", "size"]
 SECTIONS = {"model", "data", "prune", "train", "bench"}
+
+
+def _on_or_off(value: Any) -> Any:
+    """YAML 1.1 reads the words on and off as booleans."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -57,7 +64,10 @@ class PrunePart(BaseModel):
     allocation: Literal["uniform", "relative", "global"] = Field("uniform", description="how layers compete")
     floor: float = Field(0.5, ge=0, le=1, description="least width of a layer, as a share of the even width")
     rounds: int = Field(1, ge=1, le=100, description="sparse training and cut, this often, on a geometric path to keep")
-    penalty_share: float = Field(0.1, ge=0, le=10, description="penalty at the start, as a share of the task loss")
+    penalty_share: float = Field(0.1, gt=0, le=1000, description="penalty at the start, as a share of the task loss")
+    options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="of the regularisers, by name: {halo: {xi: 1e-6}}; a strength given is kept"
+    )
     strength: float | None = Field(None, gt=0, description="factor on the method's own penalty; None: by penalty_share")
 
 
@@ -77,7 +87,7 @@ class TrainPart(BaseModel):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="off: distillation softens the labels already")
     clip_norm: float = Field(5.0, gt=0, description="largest norm of the gradient")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
-    compile: Literal["auto", "on", "off"] = Field(
+    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = Field(
         "auto", description="torch.compile; auto: when the phase is long enough"
     )
     distill: float = Field(0.9, ge=0, le=1, description="weight of the dense model's soft labels after a cut; 0: off")
@@ -91,7 +101,7 @@ class BenchPart(BaseModel):
     model_config = _FROZEN
     batch: int = Field(1, ge=1)
     threads: int = Field(1, ge=1)
-    runtime: str = Field("ort-cpu")
+    runtime: Literal["ort-cpu", "ort-cuda"] = Field("ort-cpu")
 
 
 class Recipe(BaseModel):

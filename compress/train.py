@@ -10,7 +10,8 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.data import Loader
-from compress.errors import DivergedError, TrackerError, UsageError
+from compress.errors import DivergedError, PruneError, TrackerError, UsageError
 from compress.files import atomic_path
 from compress.regularize import Regularizer
 
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
-COMPILE_SECONDS = 60.0  # what torch.compile takes for a network of CIFAR size on two cores (measured: 45 for ResNet-20)
-COMPILE_GAIN = 0.2  # of a step's time, measured for ResNet-20 in bf16
+# What torch.compile costs and gains on two cores: 45 s for the 65 layers of ResNet-20 and no end in sight after ten
+# minutes for ResNet-56 on a busy machine; 4 to 26 % of a bf16 step. Hence the caution: benchmarks/LOG.md.
+COMPILE_SECONDS_PER_LAYER = 3.0
+COMPILE_GAIN = 0.1
 LEAST_LOSS = 0.1  # of the loss of guessing, ln(classes); see _Phase.calibrate
 
 
@@ -48,9 +51,11 @@ class Settings:
     distill: float = 0.0
     temperature: float = 4.0
     penalty_share: float | None = None  # calibrate the regularisers at the start; None: as they are
+    fixed: frozenset[int] = frozenset()  # places of the regularisers that keep their strength all the same
     keep_best: bool = False  # end with the weights of the best validation epoch, not the last
     compile: bool = False
     seed: int = 0
+    phase: str = "training"  # its name in error texts
 
 
 @dataclass(frozen=True)
@@ -164,8 +169,10 @@ def finetune(
         best = phase.best
         for epoch in range(start, settings.epochs):
             began = time.perf_counter()
-            loss, penalty = phase.run_epoch(epoch, on_progress)
+            loss, penalty = phase.run_epoch(epoch, on_progress, state)
             top1, val_loss = evaluate(model, val, device=device)
+            if not math.isfinite(val_loss):
+                raise phase.diverged(f"at the end of epoch {epoch + 1}", state)
             seconds = time.perf_counter() - began
             outcome.last_top1 = top1
             outcome.history.append(
@@ -199,7 +206,7 @@ def evaluate(model: nn.Module, loader: Loader, *, device: Accelerator) -> tuple[
     right, total, loss = 0, 0, 0.0
     with torch.no_grad(), device.autocast():
         for images, labels in loader:
-            logits = model(images).float()
+            logits = model.forward(images).float()  # not the call: evaluation is never worth compiling
             right += int((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             total += len(labels)
@@ -235,24 +242,32 @@ def recalibrate(
 
 
 def compile_pays(model: nn.Module, loader: Loader, *, epochs: int, device: Accelerator) -> bool:
-    """Whether torch.compile would win back its own time over `epochs`: a few eager steps are timed on `model`.
+    """Whether torch.compile would win back its own time in a phase of `epochs`: a few eager steps are timed on `model`.
 
-    It never does without a C++ compiler, or on less than about ten minutes of training.
+    Every phase compiles anew, for its own widths. Without a C++ compiler, and on short training, it never pays.
     """
     if shutil.which("c++") is None:
         return False
     model.train()
     seconds = []
-    for images, labels in loader:
-        began = time.perf_counter()
-        with device.autocast():
-            loss = F.cross_entropy(model(images).float(), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        float(loss.detach())
-        seconds.append(time.perf_counter() - began)
-        if len(seconds) == 4:
-            break
-    return min(seconds) * len(loader) * epochs * COMPILE_GAIN > 2 * COMPILE_SECONDS
+    with _seeded(0):
+        for images, labels in islice(loader, 4):
+            began = time.perf_counter()
+            with device.autocast():
+                loss = F.cross_entropy(model(images).float(), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            float(loss.detach())
+            seconds.append(time.perf_counter() - began)
+    layers = sum(not list(module.children()) for module in model.modules())
+    return min(seconds) * len(loader) * epochs * COMPILE_GAIN > layers * COMPILE_SECONDS_PER_LAYER
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Dropout and the like draw from `seed` inside, and leave the global random state as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 class _Phase:
@@ -277,13 +292,13 @@ class _Phase:
             _parameter_groups(model, regularizers, settings),
             lr=settings.lr,
             momentum=settings.momentum,
-            nesterov=True,
+            nesterov=settings.momentum > 0,
             fused=True,
         )
         self._rate = 0.0  # images per second
         self._pace = 0.0  # steps per second
 
-    def run_epoch(self, epoch: int, on_progress: Callable[[Progress], None]) -> tuple[float, float]:
+    def run_epoch(self, epoch: int, on_progress: Callable[[Progress], None], state: Path | None) -> tuple[float, float]:
         """One pass over the training images; mean task loss and mean penalty."""
         self.model.train()
         self.train.set_epoch(epoch)
@@ -294,7 +309,10 @@ class _Phase:
             task, penalty = self._step(epoch * self.steps + step, images, labels)
             seen += len(labels)
             sums += torch.stack((task, penalty))
-            self._check(sums, epoch, step)
+            # on a GPU only every 16 steps: looking at the loss waits for the device
+            is_due = self.device.device.type == "cpu" or step % 16 == 15 or step == self.steps - 1
+            if is_due and not math.isfinite(float(sums.sum())):
+                raise self.diverged(f"at epoch {epoch + 1}, step {step + 1} of {self.steps}", state)
             self._pace = (step + 1) / (time.perf_counter() - began)
             self._rate = seen / (step + 1) * self._pace
             if step % 10 == 9:
@@ -320,13 +338,20 @@ class _Phase:
         self.model.train()
         self.train.set_epoch(0)
         task, sizes = 0.0, [0.0] * len(self.regularizers)
-        for images, labels in islice(self.train, 4):
-            loss, _, penalties = self._losses(images, labels)
-            task += max(float(loss.detach()), LEAST_LOSS * math.log(self.classes))
-            sizes = [size + float(penalty.detach()) for size, penalty in zip(sizes, penalties, strict=True)]
-        for regularizer, size in zip(self.regularizers, sizes, strict=True):
-            if size > 0:
-                regularizer.scale_penalty(share * task / size)
+        with _seeded(self.settings.seed):
+            for images, labels in islice(self.train, 4):
+                loss, _, penalties = self._losses(images, labels)
+                task += max(float(loss.detach()), LEAST_LOSS * math.log(self.classes))
+                sizes = [size + float(penalty.detach()) for size, penalty in zip(sizes, penalties, strict=True)]
+        for place, (regularizer, size) in enumerate(zip(self.regularizers, sizes, strict=True)):
+            if place in self.settings.fixed:
+                continue
+            if size == 0:
+                raise PruneError(
+                    f"{type(regularizer).__name__} finds nothing to penalise in this network (for FFR: no two features "
+                    "of equal shape in a row); choose another method"
+                )
+            regularizer.scale_penalty(share * task / size)
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(before[name])
@@ -391,14 +416,13 @@ class _Phase:
         distance = F.kl_div(F.log_softmax(logits / heat, 1), soft, reduction="batchmean", log_target=True) * heat**2
         return task, distance, penalties
 
-    def _check(self, sums: Tensor, epoch: int, step: int) -> None:
-        """Stop at a NaN or infinite loss; on a GPU only every 16 steps, since looking waits for the device."""
-        is_due = self.device.device.type == "cpu" or step % 16 == 15 or step == self.steps - 1
-        if is_due and not math.isfinite(float(sums.sum())):
-            raise DivergedError(
-                f"the loss became NaN or infinite at epoch {epoch + 1}, step {step + 1} of {self.steps}; the last good "
-                "state is kept; start again with a lower train.lr or prune.penalty_share (--set train.lr=0.01)"
-            )
+    def diverged(self, where: str, state: Path | None) -> DivergedError:
+        """What to say of a NaN or infinite loss; nothing has been saved since the last good epoch."""
+        kept = "the last good epoch is kept" if state is not None and state.exists() else "nothing had been saved yet"
+        return DivergedError(
+            f"the loss became NaN or infinite in {self.settings.phase} {where}; {kept}; start again with a lower "
+            "train.lr or prune.penalty_share (--set train.lr=0.01)"
+        )
 
 
 def schedule(done: float, warmup: float) -> float:

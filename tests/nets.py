@@ -94,3 +94,26 @@ def lively(model: nn.Module, seed: int = 0) -> nn.Module:
         if tensor.is_floating_point() and tensor.dim() == 1:
             tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
     return model.eval()
+
+
+class Tied(nn.Module):
+    """One convolution used twice under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.c, self.head = self.b, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.c(F.relu(self.b(F.relu(self.a(x)))))).mean((2, 3)))
+
+
+class Wrapped(nn.Module):
+    """A backbone of blocks as one member of a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = nn.Sequential(residual(), nn.Linear(10, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.whole(x)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from compress.cost import METRICS, Widths, by_layer, measure
 from compress.errors import PruneError
 from compress.groups import cut, trace
-from tests.nets import NETS
+from tests.nets import NETS, Tied
 
 
 @pytest.mark.parametrize(
@@ -99,3 +99,18 @@ def test_measuring_leaves_the_mode() -> None:
     assert model.training
     with pytest.raises(PruneError, match=r"does not run on shape \(1, 4, 8, 8\)"):
         measure(model, torch.randn(1, 4, 8, 8))
+
+
+def test_a_tied_layer_costs_once_and_computes_twice() -> None:
+    model = Tied().eval()
+    costs = measure(model, torch.randn(1, 3, 8, 8))
+    layer = 8 * 8 * 9 + 8
+    assert costs.total("params") == sum(p.numel() for p in model.parameters()) == 3 * 8 * 9 + 8 + layer + 36
+    assert costs.total("size") == 4 * costs.total("params")
+    assert costs.total("macs") == 64 * (3 * 8 * 9 + 2 * 8 * 8 * 9) + 32
+
+
+def test_batch_norm_counts_one_vector_of_bytes_as_an_exported_file_does() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)).eval()
+    costs = measure(model, torch.randn(1, 3, 2, 2))
+    assert costs.total("size") == 4 * (12 + 4) and costs.total("params") == 12 + 8

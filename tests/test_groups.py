@@ -159,3 +159,31 @@ def test_tracing_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PruneError, match=r"tracing took more than 0.3 s"):
         trace(NETS["plain"](), EXAMPLE, time_limit=0.3)
     assert time.perf_counter() - began < 5
+
+
+def test_networks_that_insist_on_float32_are_proved_in_it() -> None:
+    class Casting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.b(self.a(x.float()).relu()).relu().mean((2, 3)))
+
+    groups = {g.name: g.frozen for g in trace(Casting(), EXAMPLE)}
+    assert groups["a"] is None and groups["b"] is None and groups["head"]
+
+
+def test_what_cannot_be_traced_is_refused_in_one_line() -> None:
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            left, right = self.a(x).chunk(2, 1)
+            return self.b(left * right)
+
+    with pytest.raises(PruneError) as caught:
+        trace(Split(), EXAMPLE)
+    assert "\n" not in str(caught.value)

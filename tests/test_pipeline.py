@@ -106,6 +106,96 @@ def test_a_target_out_of_reach_is_refused_before_any_training(tmp_path: Path, ro
     assert not list((tmp_path / "run" / "state").glob("round*"))
 
 
+MINE = """
+from torch import nn
+
+def net(width=8):
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(width, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(width, 10),
+    )
+"""
+
+
+def test_a_network_of_ones_own_is_pruned_by_file_size_and_resumed_from_elsewhere(tmp_path: Path, capsys) -> None:
+    import importlib.util
+
+    import torch
+
+    from compress.cli.app import main
+
+    (tmp_path / "mine.py").write_text(MINE)
+    spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    torch.save(module.net(48).state_dict(), tmp_path / "mine.pt")
+
+    def call(*arguments: object) -> dict:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
+            patch.setattr(sys, "argv", ["compress", *map(str, arguments), "--json", "-q"])
+            main()
+        out, err = capsys.readouterr()
+        assert caught.value.code == 0, err
+        return json.loads(out.splitlines()[-1])
+
+    out = tmp_path / "run"
+    given = ["--method", "ffr", "--metric", "size", "--target", "0.6", "--round-to", "1", "--data", "digits"]
+    given += ["--epochs", "2", "--arch-arg", "width=48"]
+    more = ["--arch", f"{tmp_path / 'mine.py'}:net", "--set", "data.image_size=8", "--out", out]
+    more += ["--set", "prune.options={ffr: {k1: 0.5, align: pad}}"]
+    first = call("prune", tmp_path / "mine.pt", *given, *more)
+    assert 0.55 < first["kept"]["size"] <= 0.6
+    assert (out / "model.onnx").stat().st_size <= 0.6 * (out / "dense.onnx").stat().st_size
+    assert first["regularizers"][0]["k1"] == 0.5  # what was given is not calibrated
+    for name in ("recover", "export", "measure", "report"):
+        (out / "state" / f"{name}.json").unlink()
+    second = call("resume", out)
+    assert second["pruned"]["top1"] == first["pruned"]["top1"] and second["kept"] == first["kept"]
+    assert "cut to" in (out / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--set", "bench.threads=999"], 1, "bench.threads = 999, but this process may use"),
+        (["--set", "prune.options={halo: {yi: 1}}"], 2, "halo has no option 'yi'; there are xi"),
+        (["--set", "prune.options={ffr: {k1: 1}}"], 2, "prune.options names 'ffr', which takes no part"),
+        (["--set", "prune.options={halo: {xi: -1}}"], 2, "xi and lambda_weight_decay must be positive"),
+        (["--regularize", "halo"], 2, "halo takes part already"),
+        (["--device", "tpu"], 2, "the device 'tpu' is unknown"),
+        (["--resume"], 2, "--resume needs the --out"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_done(
+    root: Path, tmp_path: Path, arguments: list[str], code: int, text: str
+) -> None:
+    out = [] if arguments == ["--resume"] else ["--out", str(tmp_path / "run")]
+    given = ["prune", "models/digits_resnet20.pt", "--set", "data.image_size=8", "--epochs", "2", *arguments, *out]
+    process = start(root, *given)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code and text in err.replace("\n", " "), err
+    assert not (tmp_path / "run").exists()  # no stub is left behind
+
+
+def test_the_network_must_fit_the_data(tmp_path: Path) -> None:
+    from torch import nn
+
+    from compress.checkpoint import ModelInfo
+    from compress.errors import LoadError
+
+    small = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+    recipe = make({"model": {"path": "x"}, "data": {"source": "digits", "image_size": 8}})
+    with pytest.raises(LoadError, match="the network has 3 outputs, the data set 10 classes"):
+        run(recipe, small, ModelInfo(), folder=RunFolder.create(tmp_path / "a", recipe.to_yaml()))
+    with pytest.raises(LoadError, match=r"the network gives shape \(1, 4, 8, 8\) where a classifier gives"):
+        run(recipe, small[:2], ModelInfo(), folder=RunFolder.create(tmp_path / "b", recipe.to_yaml()))
+
+
 class TestFolder:
     def test_never_overwritten(self, tmp_path: Path) -> None:
         RunFolder.create(tmp_path / "a", "x: 1\n")

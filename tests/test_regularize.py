@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from compress.groups import Group, trace
 from compress.regularize import REGULARIZERS, Ffr, Halo
-from compress.regularize.ffr import feature_modules
+from compress.regularize.features import feature_modules
 from compress.regularize.halo import GUARD
-from compress.scores import SCORES
-from tests.nets import NETS, lively
+from tests.nets import NETS, Wrapped, lively
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -26,13 +25,15 @@ def setting(name: str) -> tuple[nn.Module, tuple[Group, ...]]:
 
 
 def channels(model: nn.Module, group: Group) -> list[Tensor]:
-    """By brute force: for each channel, every convolution weight that makes or reads it, one by one."""
+    """By brute force: for each channel, every weight but the classifier's that makes or reads it, one by one."""
     state = dict(model.named_parameters())
     kinds = dict(model.named_modules())
+    *hidden, _classifier = [m for m in kinds.values() if isinstance(m, nn.Linear)]
+    kept = {id(m) for m in kinds.values() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)} | {id(m) for m in hidden}
     found: list[list[Tensor]] = [[] for _ in range(group.size)]
     for part in group.slices:
         owner = kinds[part.name.rpartition(".")[0]]
-        if part.name in state and state[part.name].dim() > 1 and isinstance(owner, nn.Conv2d | nn.ConvTranspose2d):
+        if part.name in state and state[part.name].dim() > 1 and id(owner) in kept:
             for channel in range(group.size):
                 for index in range(part.block):
                     at = part.offset + channel * part.block + index
@@ -308,29 +309,25 @@ def test_state_comes_back(name: str) -> None:
     assert one.state_dict() == two.state_dict()
 
 
-@pytest.mark.parametrize("name", SCORES)
-@pytest.mark.parametrize("net", NETS)
-def test_scores_are_finite_and_whole(name: str, net: str) -> None:
-    model, groups = setting(net)
-    found = SCORES[name](model, groups)
-    assert found.keys() == {g.name for g in groups}
-    for group in groups:
-        assert found[group.name].shape == (group.size,) and found[group.name].dtype == torch.float32
-        assert bool(found[group.name].isfinite().all())
+def test_hidden_linear_layers_are_ranked_too() -> None:
+    model, groups = setting("plain")
+    halo = Halo(xi=1e-2)
+    halo.attach(model, groups)
+    with torch.no_grad():
+        model[6].weight[3] = 0  # the hidden linear layer's fourth channel, and what reads it
+        model[8].weight[:, 3] = 0
+    found = halo.scores()["6"]
+    assert found.argmin() == 3 and found.std() > 0
 
 
-@pytest.mark.parametrize("name", [n for n in SCORES if n != "random"])
-def test_a_dead_filter_scores_lowest_and_permuting_filters_permutes_scores(name: str) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    lively(model)
-    groups = trace(model, X)
-    before = SCORES[name](model, groups)["0"]
-    order = torch.randperm(8)
-    with torch.no_grad():
-        for tensor in (model[0].weight, model[0].bias, model[1].weight, model[1].bias):
-            tensor.copy_(tensor[order].clone())
-    assert torch.allclose(SCORES[name](model, groups)["0"], before[order])
-    with torch.no_grad():
-        for tensor in (model[0].weight, model[0].bias, model[1].weight, model[1].bias):
-            tensor[5] = 0
-    assert SCORES[name](model, groups)["0"].argmin() == 5
+def test_nothing_to_penalise_is_said() -> None:
+    model, groups = setting("plain")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match="no learned weight belongs to a channel that may be cut"):
+        Halo().attach(model, groups)
+
+
+def test_a_backbone_inside_a_sequence_is_looked_into() -> None:
+    assert len(feature_modules(Wrapped())) == 3
+    assert float(ffr(Wrapped(), X, k1=1, k2=0).penalty().detach()) > 0

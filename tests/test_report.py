@@ -52,8 +52,7 @@ def make_facts(verdict: str = "faster") -> Facts:
     proof = {"max_abs_diff": 2e-6, "output_scale": 4.0, "relative": 5e-7, "tolerance": 1e-4, "batches": [1, 2, 17]}
     proof |= {"top1_agreement": 100.0, "top1_torch": None, "exporter": "dynamo", "flushed": 0, "opset": 20}
     sparse, recover = epochs("round-1", [0.5, math.inf], 90.0), epochs("recover", [0.9, 0.4, 0.3], 80.0)
-    plan = {"kept": {"conv1": [0, 3], "conv2": [1, 2, 4, 5]}, "unaligned": {"conv1": 2, "conv2": 4}}
-    cut = {"plan": plan, "regularizers": [{"xi": 1e-9}], "val_top1": {"trained": 91.0, "cut": 40.0}}
+    cut = {"regularizers": [{"xi": 1e-9}], "val_top1": {"trained": 91.0, "cut": 40.0}}
     model = {
         "path": "/home/someone/nets/my net.pt",
         "arch": "/home/someone/code/net.py:small",
@@ -77,7 +76,10 @@ def make_facts(verdict: str = "faster") -> Facts:
             "measure": measured(verdict),
         },
         "pruned": {"params": 240, "macs": 5000},
-        "widths": {"conv1": 2, "conv2": 4},
+        "widths": {"conv1": 2, "conv2": 4, "head": 10},
+        "block": 8,
+        "unaligned": {"conv1": 2, "conv2": 4},
+        "info": {"arch": "small", "input_size": [3, 16, 12], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]},
         "labels": [EVIL, "cat | dog"],
         "data": {"name": f"mine {EVIL}", "fingerprint": "ef" * 32, "notes": [f"note {EVIL}"]},
     }  # fmt: skip
@@ -85,9 +87,6 @@ def make_facts(verdict: str = "faster") -> Facts:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    info = {"arch": "small", "input_size": [3, 16, 12], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
-    (tmp_path / "state").mkdir()
-    (tmp_path / "state" / "info.json").write_text(json.dumps(info))
     return tmp_path
 
 
@@ -118,12 +117,6 @@ def test_the_published_keys_are_there(run: Path) -> None:
     assert {"value", "low", "high"} <= found["speedup"].keys()
     assert {"max_abs_diff", "output_scale", "top1_agreement"} <= found["parity"].keys()
     assert found["out"] == str(run) and found["onnx"] == str(run / "model.onnx")
-
-
-def test_the_widths_of_a_group_that_the_last_trace_does_not_name_come_from_the_plan(run: Path) -> None:
-    facts = make_facts()
-    del facts["widths"]["conv2"]
-    assert report.build(run, facts)["widths"]["conv2"] == {"dense": 16, "pruned": 4}
 
 
 def test_the_schema_is_the_one_published() -> None:
@@ -238,7 +231,7 @@ def test_the_card_is_a_model_card(run: Path) -> None:
 def test_write_leaves_three_whole_files(run: Path) -> None:
     found = report.build(run, make_facts())
     report.write(run, found)
-    assert sorted(path.name for path in run.iterdir()) == ["README.md", "report.html", "report.json", "state"]
+    assert sorted(path.name for path in run.iterdir()) == ["README.md", "report.html", "report.json"]
     assert json.loads((run / "report.json").read_text()) == found
     report.write(run, json.loads((run / "report.json").read_text()))  # the pages can be made again from it
 
@@ -255,6 +248,7 @@ def test_a_run_without_training_or_normalisation_has_its_pages(tmp_path: Path) -
     facts = make_facts()
     facts["stages"]["sparse"]["history"] = facts["stages"]["recover"]["history"] = []
     facts["stages"]["sparse"]["rounds"][0]["regularizers"] = []
+    facts["info"] = {"arch": "small"}
     found = report.build(tmp_path, facts)
     assert charts.training(found) == ()
     assert Page(pages.html(found)).tags.count("svg") == 2

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from compress import train
 from compress.data import Loader, load, loader
-from compress.errors import DivergedError
+from compress.errors import DivergedError, PruneError, TrackerError, UsageError
 from compress.groups import trace
 from compress.regularize import REGULARIZERS
 from compress.train import Outcome, Progress, Settings, accelerator, evaluate, finetune, recalibrate, schedule
@@ -158,7 +158,7 @@ def test_a_diverged_loss_stops_and_the_last_good_state_stays(batches, device, tm
             with torch.no_grad():
                 model[0].weight[0, 0, 0, 0] = math.inf
 
-    with pytest.raises(DivergedError, match=r"NaN or infinite at epoch 2, step 1 of \d+; .* lower train.lr"):
+    with pytest.raises(DivergedError, match=r"infinite in training at epoch 2, step 1 of \d+; .* lower train.lr"):
         finetune(model, *batches, SETTINGS, device=device, state=state, on_progress=poison)
     kept = torch.load(state, weights_only=True)
     assert kept["epoch"] == 1 and all(bool(t.isfinite().all()) for t in kept["model"].values())
@@ -235,3 +235,39 @@ def test_bf16_runs_where_the_processor_has_it(batches) -> None:
     model = network()
     outcome = finetune(model, *batches, SETTINGS, device=device)
     assert outcome.best_top1 > 25 and all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_resumed_phase_equals_an_unbroken_one_with_dropout(batches, device, tmp_path) -> None:
+    """Calibration draws random numbers too; how many were drawn before must not matter."""
+
+    def phase(drawn_before: int) -> nn.Module:
+        model = nn.Sequential(*network()[:-1], nn.Dropout(0.5), network()[-1])
+        halo = REGULARIZERS["halo"]()
+        halo.attach(model, trace(model, torch.randn(1, 3, 8, 8)))
+        torch.manual_seed(5)
+        torch.rand(drawn_before)
+        finetune(model, *batches, Settings(epochs=1, lr=0.02, penalty_share=0.5), device=device, regularizers=[halo])
+        return model
+
+    assert equal(phase(0), phase(100))
+
+
+def test_a_penalty_of_zero_is_refused(batches, device) -> None:
+    model = NETS["plain"]()  # no two activations of equal shape in a row
+    made = REGULARIZERS["ffr"]()
+    made.attach(model, ())
+    with pytest.raises(PruneError, match="Ffr finds nothing to penalise in this network"):
+        finetune(model, *batches, Settings(epochs=1, penalty_share=0.1), device=device, regularizers=[made])
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:1"])
+def test_unknown_devices_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=r"the device .* is unknown; allowed are auto, cpu, cuda and cuda:N"):
+        accelerator(name)
+
+
+def test_devices_and_trackers_that_are_not_here_are_refused() -> None:
+    with pytest.raises(UsageError, match="there is no device cuda:99"):
+        accelerator("cuda:99")
+    with pytest.raises(TrackerError, match="nonsense"):
+        accelerator("cpu", "fp32", ["nonsense"])

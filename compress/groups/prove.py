@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from compress.errors import PruneError
 from compress.groups.cut import cut, zero
 from compress.groups.types import Group
 
 Reason = str
-TOLERANCE = 1e-9  # float64, relative to the largest output: five orders above rounding, far below any wrong cut
+# Largest difference of a right cut, relative to the largest output: orders above rounding, far below any wrong cut.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 def prove(
@@ -32,8 +34,7 @@ def prove(
 
     Returns: all groups in the given order, the failing ones frozen.
     """
-    reference = _lively(copy.deepcopy(model).eval().double())
-    example = example.detach().to(next(reference.parameters()).device, torch.float64)
+    reference, example, tolerance = _reference(model, example)
     with torch.no_grad():
         wanted = [tuple(leaf.shape) for leaf in _tensors(reference(example))]
     proved: list[Group] = []
@@ -41,7 +42,7 @@ def prove(
 
     def admit(candidates: Sequence[Group]) -> None:
         together = [*proved, *candidates]
-        reason = _trial(reference, example, together, wanted, strict=not any(map(exempt, together)))
+        reason = _trial(reference, example, together, wanted, None if any(map(exempt, together)) else tolerance)
         if reason is None:
             proved.extend(candidates)
         elif len(candidates) == 1:
@@ -58,6 +59,22 @@ def prove(
     return tuple(g.freeze(reasons[g.name]) if g.name in reasons else g for g in groups)
 
 
+def _reference(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor, float]:
+    """A copy in evaluation mode and float64, or in float32 where the network insists on that; with its tolerance."""
+    for dtype, tolerance in TOLERANCES.items():
+        reference = _lively(copy.deepcopy(model).eval().to(dtype))
+        like = next((t for t in reference.state_dict().values() if t.is_floating_point()), example)
+        given = example.detach().to(like.device, dtype)
+        try:
+            with torch.no_grad():
+                reference(given)
+        except (RuntimeError, TypeError) as error:  # it casts, or holds tensors that no state shows
+            refused = error
+            continue
+        return reference, given, tolerance
+    raise PruneError(f"the network runs neither in float64 nor in float32: {str(refused).splitlines()[0]}")
+
+
 def _lively(model: nn.Module) -> nn.Module:
     """Give every vector (norm scales, biases, statistics) values around 1, so that no branch is off during the trial.
 
@@ -72,9 +89,13 @@ def _lively(model: nn.Module) -> nn.Module:
 
 
 def _trial(
-    reference: nn.Module, example: Tensor, groups: Sequence[Group], wanted: list[tuple[int, ...]], *, strict: bool
+    reference: nn.Module,
+    example: Tensor,
+    groups: Sequence[Group],
+    wanted: list[tuple[int, ...]],
+    tolerance: float | None,
 ) -> Reason | None:
-    """What goes wrong when every second channel of `groups` leaves, or None."""
+    """What goes wrong when every second channel of `groups` leaves, or None; without tolerance values may differ."""
     kept = {group.name: range(0, group.size, 2) for group in groups}
     smaller = copy.deepcopy(reference)
     try:
@@ -87,7 +108,7 @@ def _trial(
         return f"its channels reach the output: a trial cut changes {wanted} to {[tuple(leaf.shape) for leaf in got]}"
     if not all(bool(leaf.isfinite().all()) for leaf in got):
         return "a trial cut makes the output infinite or NaN"
-    if not strict:
+    if tolerance is None:
         return None
     zeroed = copy.deepcopy(reference)
     zero(zeroed, groups, kept)
@@ -97,7 +118,7 @@ def _trial(
     worst = max((float((a - b).abs().max()) for a, b in zip(got, expected, strict=True)), default=0.0)
     if scale == 0:
         return "the output of the trial is zero everywhere, which proves nothing"
-    if worst > TOLERANCE * scale or math.isnan(worst):
+    if worst > tolerance * scale or math.isnan(worst):
         return f"a trial cut differs from zeroing the same channels by {worst:.2g} (outputs up to {scale:.2g})"
     return None
 

@@ -54,7 +54,9 @@ def trace(model: nn.Module, example: Tensor, *, time_limit: float = TIME_LIMIT) 
         except PruneError:
             raise
         except Exception as error:
-            raise PruneError(f"the network cannot be traced: {_line(error)}") from error
+            raise PruneError(
+                f"torch-pruning cannot trace the network (splits are a usual cause): {_line(error)}"
+            ) from error
     normed = {g.name for g in groups if any(_is_channel_norm(twin, part) for part in g.slices)}
     groups = prove(twin, example, groups, exempt=lambda group: group.name in normed)
     if all(group.frozen for group in groups):
@@ -82,7 +84,9 @@ def _time_limit(seconds: float) -> Iterator[None]:
         return
 
     def expire(signum: int, frame: FrameType | None) -> None:
-        raise PruneError(f"tracing took more than {seconds:g} s and was given up; raise the limit or freeze layers")
+        raise PruneError(
+            f"tracing took more than {seconds:g} s and was given up: the network is too large for this tracer"
+        )
 
     before = signal.signal(signal.SIGALRM, expire)
     signal.setitimer(signal.ITIMER_REAL, seconds)

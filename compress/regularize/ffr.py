@@ -13,8 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from compress.groups import Group
 from compress.groups.parts import norm_behind, rows, weights
-
-ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Mish)
+from compress.regularize.features import ACTIVATIONS, feature_modules
 
 
 class Ffr:
@@ -108,7 +107,7 @@ class Ffr:
             for part, tensor in weights(self._model, group):
                 strength = rows(tensor.detach(), part, group.size).abs().sum(1)
                 norm = behind.get(part.name.rpartition(".")[0])
-                if norm is not None:
+                if norm is not None and f"{norm}.weight" in state:
                     strength = strength * state[f"{norm}.weight"][part.offset :][: group.size].abs()
                 layers.append(strength / strength.max().clamp(min=1e-30))
             mean = torch.stack(layers).mean(0) if layers else torch.ones(group.size)
@@ -152,22 +151,6 @@ class Ffr:
             return self._size(after - 2 * here + before)
         cosine = F.cosine_similarity((after - here).flatten(1), (here - before).flatten(1))
         return (1 - cosine).mean()
-
-
-def feature_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """What FFR watches, by path: blocks of two or more weight layers that stand in a sequence, else all activations."""
-    blocks: dict[str, nn.Module] = {}
-    for path, container in model.named_modules():
-        if isinstance(container, nn.Sequential | nn.ModuleList):
-            for name, child in container.named_children():
-                weighted = sum(isinstance(m, nn.modules.conv._ConvNd | nn.Linear) for m in child.modules())
-                if weighted > 1 and not isinstance(child, nn.Sequential | nn.ModuleList):
-                    blocks[f"{path}.{name}" if path else name] = child
-    inner = {id(m) for block in blocks.values() for m in block.modules() if m is not block}
-    blocks = {path: block for path, block in blocks.items() if id(block) not in inner}
-    if blocks:
-        return blocks
-    return {path: module for path, module in model.named_modules() if isinstance(module, ACTIVATIONS)}
 
 
 def _pairs(run: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.bench.machine import BLOCKS
 from compress.report.document import Gain, LatencyMs, Parity, Proof, Report
 from compress.report.words import verdict
 
@@ -19,8 +17,8 @@ def build(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Put together what `compress prune --json` prints and what the pages show.
 
     Args:
-        folder: of the run; named in the document. Its state/info.json says what the network takes.
-        facts: recipe, env, the result of every stage, costs and widths of the pruned network.
+        folder: of the run; named in the document.
+        facts: recipe, env, info, the result of every stage, costs and widths of the pruned network, block, unaligned.
 
     Units: MACs per image, bytes, percent, milliseconds, seconds; shares are what remains, 0 to 1.
     """
@@ -34,7 +32,7 @@ def build(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         **_results(facts),
         **_structure(facts),
         **_training(stages),
-        **_conditions(folder, facts),
+        **_conditions(facts),
         "seconds": {name: stage["seconds"] for name, stage in stages.items() if "seconds" in stage},
     }
     return Report.model_validate({"verdict": verdict(found), **_finite(found)}).model_dump(mode="json")
@@ -75,14 +73,12 @@ def _network(costs: Mapping[str, Any], proof: Mapping[str, Any], measured: Mappi
 
 def _structure(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Widths before and after, and what could not be cut or did not come out aligned."""
-    prepared, plan = facts["stages"]["prepare"], facts["stages"]["sparse"]["rounds"][-1]["plan"]
-    asked = facts["recipe"]["prune"]["round_to"]
-    widths = {name: len(channels) for name, channels in plan["kept"].items()} | dict(facts["widths"])
+    prepared, widths = facts["stages"]["prepare"], facts["widths"]
     return {
         "frozen": prepared["frozen"],
-        "widths": {name: {"dense": n, "pruned": widths.get(name, n)} for name, n in prepared["widths"].items()},
-        "unaligned": plan["unaligned"],
-        "block": BLOCKS.get(facts["env"].get("vector_unit", "unknown"), 8) if asked == "auto" else asked,
+        "widths": {name: {"dense": n, "pruned": widths[name]} for name, n in prepared["widths"].items()},
+        "unaligned": facts["unaligned"],
+        "block": facts["block"],
         "uncounted": prepared["uncounted"],
     }
 
@@ -101,10 +97,9 @@ def _training(stages: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _conditions(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _conditions(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Machine, versions, data, recipe, and what the ONNX file takes."""
-    path = folder / "state" / "info.json"
-    info = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    info = facts["info"]
     taken = {"name": INPUT_NAME, "size": info.get("input_size"), "mean": info.get("mean"), "std": info.get("std")}
     return {
         "arch": info.get("arch") or facts["recipe"]["model"]["arch"] or Path(facts["recipe"]["model"]["path"]).stem,

@@ -1,0 +1,7 @@
+"""The whole run: stages in order, each leaving one artefact, so that a run killed anywhere goes on where it stopped."""
+
+from compress.pipeline.context import Event as Event
+from compress.pipeline.context import OnEvent as OnEvent
+from compress.pipeline.rounds import dry_run as dry_run
+from compress.pipeline.sequence import run as run
+from compress.pipeline.stages import epochs as epochs

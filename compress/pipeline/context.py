@@ -1,0 +1,221 @@
+"""What the stages of a run share: the recipe, the folder, the dense network, the data and the device."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress import checkpoint, cost, data, inputs
+from compress.bench import available
+from compress.bench.machine import allowed_cpus, describe
+from compress.checkpoint import ModelInfo
+from compress.data import Data, Loader, Split
+from compress.errors import MeasureError
+from compress.files import atomic_write
+from compress.fit import complete
+from compress.folder import RunFolder
+from compress.recipe import Recipe
+from compress.regularize import Regularizer
+from compress.structure import underived
+from compress.train import Outcome, Progress, Settings, accelerator, finetune
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a person may want to see: a stage begins, an epoch advances, a remark."""
+
+    stage: str
+    text: str = ""
+    progress: Progress | None = None
+
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass
+class Run:
+    """The dense network is never changed; every later one is a copy."""
+
+    recipe: Recipe
+    folder: RunFolder
+    dense: nn.Module
+    info: ModelInfo
+    data: Data
+    device: Any  # accelerate.Accelerator
+    emit: OnEvent
+
+    @property
+    def prepared(self) -> dict[str, Any]:
+        """What the first stage found out about the dense network."""
+        return self.folder.read("state/prepare.json")
+
+    def loader(self, split: Split, *, train: bool = False, seed: int = 0) -> Loader:
+        mean, std = inputs.normalisation(self.info)
+        return data.loader(
+            split,
+            batch_size=self.recipe.train.batch_size,
+            mean=mean,
+            std=std,
+            train=train,
+            augment=self.recipe.data.augment,
+            seed=self.recipe.seed + seed,
+            device=self.device.device,
+        )
+
+    def example(self, count: int = 1) -> Tensor:
+        """The first `count` validation images as the network takes them, on the CPU: (count, C, H, W)."""
+        return inputs.example(self.info, self.data.val, count)
+
+    def costs(self, model: nn.Module) -> cost.Costs:
+        """The network's costs; bytes include what the dense ONNX file holds beside the weights, once that is known."""
+        found = cost.measure(model, self.example())
+        beside = self.prepared["beside_weights"] if self.folder.has("state/prepare.json") else 0.0
+        return replace(found, fixed={**found.fixed, "size": beside})
+
+    def network(self, name: str) -> nn.Module:
+        """The network as a stage left it in `name`, on the CPU."""
+        model = copy.deepcopy(self.dense)
+        checkpoint.load_into(model, checkpoint.read(self.folder.path / name))
+        return model.eval()
+
+    def save(self, name: str, model: nn.Module, *, pruned: bool = True) -> None:
+        prune = self.recipe.prune
+        origin = {
+            "method": prune.method,
+            "target": prune.keep,
+            "metric": prune.metric,
+            "seed": self.recipe.seed,
+            "source_sha256": self.folder.read("env.json")["source_sha256"],
+        }
+        info = self.info.model_copy(update={"pruned": pruned, "origin": origin, "data": self.public_data})
+        checkpoint.save(self.folder.path / name, model, info, integers=underived(model, self.dense))
+
+    @property
+    def public_data(self) -> str | None:
+        """The data set's name as an output may carry it: a path on this machine means nothing elsewhere."""
+        source = self.info.data
+        return None if source is None or Path(source).is_absolute() else source
+
+    def on_device(self, model: nn.Module) -> nn.Module:
+        """The network on the run's device, in the memory format that training uses."""
+        return model.to(self.device.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    def settings(self, phase: str, count: int) -> Settings:
+        """How `count` epochs of a phase train, as the recipe says."""
+        part = self.recipe.train
+        return Settings(
+            epochs=count,
+            lr=part.lr,
+            momentum=part.momentum,
+            weight_decay=part.weight_decay,
+            warmup=part.warmup,
+            label_smoothing=part.label_smoothing,
+            clip_norm=part.clip_norm,
+            temperature=part.temperature,
+            compile=bool(self.prepared["compile"]),
+            seed=self.recipe.seed * 1000 + (0 if phase == "recover" else int(phase.removeprefix("round-"))),
+            phase=phase,
+        )
+
+    def train(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        regularizers: Sequence[Regularizer] = (),
+        teacher: nn.Module | None = None,
+    ) -> Outcome:
+        """One phase of training; its state lies in state/PHASE.pt, its epochs in metrics.jsonl."""
+
+        def on_progress(progress: Progress) -> None:
+            self.emit(Event(settings.phase, progress=progress))
+            if progress.top1 is not None:
+                self._note_epoch(settings.phase, progress)
+
+        outcome = finetune(
+            model,
+            self.loader(self.data.train, train=True, seed=settings.seed),
+            self.loader(self.data.val),
+            replace(settings, distill=self.recipe.train.distill if teacher is not None else 0.0),
+            device=self.device,
+            regularizers=regularizers,
+            teacher=teacher,
+            state=self.folder.path / "state" / f"{settings.phase}.pt",
+            on_progress=on_progress,
+        )
+        self._settle_metrics(settings.phase, outcome)
+        return outcome
+
+    def _note_epoch(self, phase: str, progress: Progress) -> None:
+        found = {name: getattr(progress, name) for name in ("epoch", "loss", "penalty")} | {"val_top1": progress.top1}
+        with (self.folder.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"phase": phase, **found}) + "\n")
+        self.device.log({f"{phase}/{key}": value for key, value in found.items()}, step=progress.epoch)
+
+    def _settle_metrics(self, phase: str, outcome: Outcome) -> None:
+        """Every epoch of a finished phase once: a kill may have lost the line of one, or let it be written twice."""
+        path = self.folder.path / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = [line for line in lines if line["phase"] != phase]
+        lines += [{"phase": phase, **epoch} for epoch in outcome.history]
+        atomic_write(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def open_run(
+    recipe: Recipe, model: nn.Module, info: ModelInfo, folder: RunFolder, source_sha256: str, emit: OnEvent
+) -> Run:
+    """Check what can be checked at once, load the data and the dense weights, save what a resume needs of both."""
+    emit(Event("load"))
+    part = recipe.data
+    device = accelerator(recipe.device, recipe.train.precision, recipe.train.trackers, folder.path / "trackers")
+    _check_bench(recipe)
+    info = info.model_copy(update={"mean": part.mean or info.mean, "std": part.std or info.std})
+    loaded = inputs.load_data(
+        info,
+        part.source or None,
+        image_size=part.image_size,
+        val_share=part.val_share,
+        seed=recipe.seed,
+        max_unreadable=part.max_unreadable,
+    )
+    for note in loaded.notes:
+        emit(Event("load", note))
+    if folder.has("state/info.json"):
+        info = ModelInfo.model_validate(folder.read("state/info.json"))
+        checkpoint.load_into(model, checkpoint.read(folder.path / "state" / "dense.safetensors"))
+    else:
+        if info.mean is None or info.std is None:
+            emit(
+                Event(
+                    "load", "normalisation measured on the training images; set data.mean and data.std if you know it"
+                )
+            )
+        info = complete(info, loaded)
+        folder.write("env.json", {**describe(), "seed": recipe.seed, "source_sha256": source_sha256})
+        checkpoint.save(folder.path / "state" / "dense.safetensors", model, info)
+        folder.write("state/info.json", info.model_dump(mode="json"))
+    return Run(recipe, folder, model.eval(), info, loaded, device, emit)
+
+
+def _check_bench(recipe: Recipe) -> None:
+    """What the last stage needs must be here before the first one begins."""
+    part = recipe.bench
+    missing = available()[part.runtime]
+    if missing:
+        raise MeasureError(f"bench.runtime = {part.runtime} is not available here: {missing}")
+    if part.threads > len(allowed_cpus()):
+        raise MeasureError(f"bench.threads = {part.threads}, but this process may use {len(allowed_cpus())} processors")
+
+
+def numbers(state: Mapping[str, Any]) -> dict[str, float]:
+    """The plain numbers of a regulariser's state: its strengths and counters, as JSON takes them."""
+    return {name: value for name, value in state.items() if isinstance(value, int | float)}

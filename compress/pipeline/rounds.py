@@ -1,0 +1,196 @@
+"""The sparse rounds: train towards sparsity, score, cut, recalibrate; once, or step by step to the target."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from torch import Tensor, nn
+
+from compress import cost, train
+from compress.bench.machine import vector_block
+from compress.errors import PruneError, UsageError
+from compress.groups import Group, trace
+from compress.pipeline.context import Event, Run, numbers
+from compress.plan import Plan, apply, select
+from compress.recipe import Recipe
+from compress.regularize import REGULARIZERS, Regularizer
+from compress.scores import DATA_DRIVEN, SCORES, Scores
+
+SCORE_BATCHES = 8  # training batches that a data-driven score sees: about a thousand images, in seconds (ours)
+SIZE_MARGIN = 0.005  # by how much a file's size is undercut: the bytes of its graph change a little with the widths
+
+
+def sparsify(run: Run) -> dict[str, Any]:
+    """All rounds, on a geometric path to the target; a finished round is not done again."""
+    counts = run.prepared["epochs"]["sparse"]
+    target = run.recipe.prune.keep * (1 - SIZE_MARGIN if run.recipe.prune.metric == "size" else 1)
+    found: list[dict[str, Any]] = []
+    for index, count in enumerate(counts):
+        name = f"round-{index + 1}"
+        if not run.folder.has(f"state/{name}.json"):
+            model = run.network(f"state/round-{index}.safetensors") if index else copy.deepcopy(run.dense)
+            before = found[-1]["regularizers"] if found else None
+            keep = target ** ((index + 1) / len(counts))
+            run.folder.write(f"state/{name}.json", _round(run, model, _Round(name, count, keep, before)))
+        found.append(run.folder.read(f"state/{name}.json"))
+    return {"rounds": found, "history": [line for result in found for line in result["history"]]}
+
+
+@dataclass(frozen=True)
+class _Round:
+    name: str
+    epochs: int
+    keep: float  # share of the dense cost that remains after it
+    before: Sequence[Mapping[str, float]] | None  # the regularisers' strengths in the round before
+
+
+def _round(run: Run, model: nn.Module, what: _Round) -> dict[str, Any]:
+    """Train with the penalties, score, cut, recalibrate, save."""
+    groups = trace(model, run.example())
+    regularizers = make_regularizers(run.recipe)
+    model = run.on_device(model)
+    outcome = train.Outcome()
+    try:
+        fixed = _attach(run, model, groups, regularizers, what.before)
+        if what.epochs:
+            settings = replace(
+                run.settings(what.name, what.epochs), penalty_share=run.recipe.prune.penalty_share, fixed=fixed
+            )
+            outcome = run.train(model, settings, regularizers, teacher(run) if what.before is not None else None)
+        scores = _scores(run, model, groups, regularizers)
+        strengths = [numbers(regularizer.state_dict()) for regularizer in regularizers]
+    finally:
+        for regularizer in regularizers:
+            regularizer.detach()
+    model = model.cpu()
+    if what.before is None:
+        run.save("state/sparse.safetensors", model, pruned=False)
+    whole = run.prepared["dense"][run.recipe.prune.metric]
+    plan = select_as(run.recipe, groups, scores, run.costs(model), keep=what.keep, whole=whole)
+    apply(model, groups, plan)
+    train.recalibrate(run.on_device(model), run.loader(run.data.train, train=True), device=run.device)
+    top1, _ = train.evaluate(model, run.loader(run.data.val), device=run.device)
+    run.emit(Event(what.name, f"cut to {plan.reached:.3g} of the {plan.metric}: validation top-1 {top1:.2f} %"))
+    run.save(f"state/{what.name}.safetensors", model.cpu())
+    return {
+        "plan": plan.model_dump(mode="json"),
+        "history": [{"phase": what.name, **line} for line in outcome.history],
+        "regularizers": strengths,
+        "val_top1": {"trained": outcome.last_top1 if what.epochs else None, "cut": top1},
+    }
+
+
+def teacher(run: Run) -> nn.Module:
+    """The uncut network with the better validation top-1: as given, or after the first sparse training."""
+    trained = run.folder.read("state/round-1.json")["val_top1"]["trained"]
+    is_better = trained is not None and trained > run.prepared["dense"]["val_top1"]
+    return run.on_device(run.network("state/sparse.safetensors") if is_better else copy.deepcopy(run.dense))
+
+
+def make_regularizers(recipe: Recipe) -> list[Regularizer]:
+    """The method's regulariser and the further ones, with the options given for each.
+
+    Raises:
+        UsageError: options for a regulariser that takes no part, that it does not have, or that it refuses.
+    """
+    names = _names(recipe)
+    for name in recipe.prune.options:
+        if name not in names:
+            raise UsageError(
+                f"prune.options names {name!r}, which takes no part; there are {', '.join(names) or 'none'}"
+            )
+    made: list[Regularizer] = []
+    for name in names:
+        options = recipe.prune.options.get(name, {})
+        known = list(inspect.signature(REGULARIZERS[name]).parameters)
+        wrong = sorted(options.keys() - set(known))
+        if wrong:
+            raise UsageError(f"{name} has no option {wrong[0]!r}; there are {', '.join(known)}")
+        try:
+            made.append(REGULARIZERS[name](**options))
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"prune.options.{name} = {options}: {error}") from error
+    return made
+
+
+def _names(recipe: Recipe) -> list[str]:
+    return [name for name in (recipe.prune.method, *recipe.prune.regularize) if name in REGULARIZERS]
+
+
+def _attach(
+    run: Run,
+    model: nn.Module,
+    groups: Sequence[Group],
+    regularizers: Sequence[Regularizer],
+    before: Sequence[Mapping[str, float]] | None,
+) -> frozenset[int]:
+    """Attach and set the strengths: the round before's, the user's, or left to be calibrated.
+
+    Returns: the places of those whose strength is not to be calibrated.
+    """
+    prune = run.recipe.prune
+    for regularizer in regularizers:
+        try:
+            regularizer.attach(model, groups)
+        except ValueError as error:
+            raise PruneError(f"{type(regularizer).__name__} cannot watch this network: {error}") from error
+    for regularizer, kept in zip(regularizers, before or (), strict=False):
+        regularizer.load_state_dict({**regularizer.state_dict(), **kept})
+    if before is None and prune.strength is not None:
+        for regularizer in regularizers:
+            regularizer.scale_penalty(prune.strength)
+    if before is not None or prune.strength is not None:
+        return frozenset(range(len(regularizers)))
+    named = [prune.options.get(name, {}).keys() for name in _names(run.recipe)]
+    return frozenset(i for i, r in enumerate(regularizers) if named[i] & numbers(r.state_dict()).keys())
+
+
+def _scores(run: Run, model: nn.Module, groups: Sequence[Group], regularizers: Sequence[Regularizer]) -> Scores:
+    prune = run.recipe.prune
+    name = prune.score or (prune.method if prune.method in SCORES else "")
+    if not name:
+        return regularizers[0].scores()
+    # a loader of its own: its order depends on the seed alone, so that a resumed run scores the same images
+    batches = islice(run.loader(run.data.train, train=True), SCORE_BATCHES) if name in DATA_DRIVEN else None
+    if name == "random":
+        return SCORES[name](model, groups, seed=run.recipe.seed)  # type: ignore[call-arg]
+    return SCORES[name](model, groups, batches)
+
+
+def select_as(
+    recipe: Recipe, groups: Sequence[Group], scores: Scores, costs: cost.Costs, *, keep: float, whole: float
+) -> Plan:
+    """plan.select as the recipe says, for a share `keep` of the dense cost `whole`."""
+    prune = recipe.prune
+    return select(
+        groups,
+        scores,
+        costs,
+        keep=keep,
+        metric=prune.metric,
+        whole=whole,
+        round_to=vector_block() if prune.round_to == "auto" else prune.round_to,
+        adapt=prune.round_to == "auto",
+        allocation=prune.allocation,
+        floor=prune.floor,
+    )
+
+
+def dry_run(recipe: Recipe, model: nn.Module, example: Tensor) -> tuple[Plan, tuple[Group, ...], cost.Costs, str]:
+    """What would be cut from the network as it stands, without training: plan, groups, dense costs, score used.
+
+    There is no data here: where the channels would be ranked after training or by a score that needs data, the plan
+    ranks them by `l2`. Bytes are those of the weights.
+    """
+    groups = trace(model, example)
+    costs = cost.measure(model, example)
+    score = recipe.prune.score or recipe.prune.method
+    score = score if score in SCORES and score not in DATA_DRIVEN else "l2"
+    whole = costs.total(recipe.prune.metric)
+    plan = select_as(recipe, groups, SCORES[score](model, groups), costs, keep=recipe.prune.keep, whole=whole)
+    return plan, groups, costs, score

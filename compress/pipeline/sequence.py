@@ -1,0 +1,98 @@
+"""run(): all stages in order."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.checkpoint import ModelInfo
+from compress.folder import RunFolder
+from compress.pipeline.context import Event, OnEvent, open_run
+from compress.pipeline.stages import STAGES
+from compress.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    recipe: Recipe,
+    model: nn.Module,
+    info: ModelInfo,
+    *,
+    folder: RunFolder,
+    source_sha256: str = "",
+    on_event: OnEvent = lambda event: None,
+) -> dict[str, Any]:
+    """Prune `model` as `recipe` says and leave the evidence in `folder`; what is there already is not done again.
+
+    Args:
+        model: the dense network with its weights, on the CPU; not changed. When the folder holds a copy of the dense
+            weights already (a resumed run), those are taken.
+        info: what the checkpoint says about it. Missing: normalisation is measured on the training images.
+        source_sha256: of the checkpoint file, for the metadata of what is written.
+
+    Returns: the report, as in report.json.
+
+    Raises:
+        CompressError: every expected failure, with its exit code; the folder stays resumable.
+    """
+
+    def emit(event: Event) -> None:
+        _log(event)
+        on_event(event)
+
+    with folder.lock(), _log_file(folder), _threads(recipe.threads):
+        opened = open_run(recipe, model, info, folder, source_sha256, emit)
+        for name, stage in STAGES.items():
+            if folder.has(f"state/{name}.json"):
+                continue
+            emit(Event(name))
+            began = time.perf_counter()
+            result = stage(opened)
+            seconds = max(time.perf_counter() - began, sum(e["seconds"] for e in result.get("history", ())))
+            folder.write(f"state/{name}.json", {**result, "seconds": seconds})
+        opened.device.end_training()
+        return folder.read("report.json")
+
+
+def _log(event: Event) -> None:
+    """Stages, remarks and finished epochs, for log.txt."""
+    at = event.progress
+    if at is None:
+        log.info("%s: %s", event.stage, event.text or "begins")
+    elif at.top1 is not None:
+        facts = (event.stage, at.epoch + 1, at.epochs, at.loss, at.penalty, at.top1)
+        log.info("%s: epoch %d of %d: loss %.4f, penalty %.4f, validation top-1 %.2f", *facts)
+
+
+@contextmanager
+def _log_file(folder: RunFolder) -> Iterator[None]:
+    """Everything this package logs also goes to the run's log.txt."""
+    handler = logging.FileHandler(folder.path / "log.txt")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("compress")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+        handler.close()
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

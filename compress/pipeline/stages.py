@@ -1,0 +1,216 @@
+"""The stages before and after the sparse rounds: prepare, recover, export, measure, report."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress import cost, report, train
+from compress.bench import benchmark
+from compress.bench.machine import vector_block
+from compress.data import Loader
+from compress.errors import LoadError, TargetError, UsageError
+from compress.export import Proof, to_onnx, top1
+from compress.groups import trace
+from compress.pipeline.context import Run
+from compress.pipeline.rounds import make_regularizers, select_as, sparsify, teacher
+from compress.recipe import Recipe
+from compress.regularize import REGULARIZERS
+
+
+def epochs(recipe: Recipe, steps_per_epoch: int) -> tuple[list[int], int]:
+    """How the epochs are spent: sparse epochs of each round, recovery epochs.
+
+    Raises:
+        UsageError: fewer epochs than rounds and recovery need.
+    """
+    prune, part = recipe.prune, recipe.train
+    total = part.epochs or max(6, -(-1500 // steps_per_epoch))
+    trains = prune.method in REGULARIZERS or prune.regularize or prune.rounds > 1
+    if not trains:
+        return [0], total
+    sparse = min(max(prune.rounds, round(total * part.sparse_share)), total - 1)
+    if sparse < prune.rounds:
+        raise UsageError(
+            f"train.epochs = {total} is too few: {prune.method} needs an epoch for each of {prune.rounds} rounds "
+            "and one to recover; ask for more epochs"
+        )
+    each, rest = divmod(sparse, prune.rounds)
+    return [each + (i < rest) for i in range(prune.rounds)], total - sparse
+
+
+def prepare(run: Run) -> dict[str, Any]:
+    """Trace and price the dense network, judge it, and see that the target is within reach before any training."""
+    example = run.example()
+    _check_output(run, example)
+    make_regularizers(run.recipe)
+    groups = trace(run.dense, example)
+    costs = cost.measure(run.dense, example)
+    beside = _beside_weights(run, costs) if run.recipe.prune.metric == "size" else 0.0
+    costs = replace(costs, fixed={**costs.fixed, "size": beside})
+    even = {group.name: torch.ones(group.size) for group in groups}
+    whole = costs.total(run.recipe.prune.metric)
+    select_as(run.recipe, groups, even, costs, keep=run.recipe.prune.keep, whole=whole)
+    accuracy, loss = train.evaluate(run.on_device(run.dense), run.loader(run.data.val), device=run.device)
+    loader = run.loader(run.data.train, train=True)
+    sparse, recover = epochs(run.recipe, len(loader))
+    return {
+        "dense": {**{metric: costs.total(metric) for metric in cost.METRICS}, "val_top1": accuracy, "val_loss": loss},
+        "beside_weights": beside,
+        "widths": {group.name: group.size for group in groups},
+        "frozen": {group.name: group.frozen for group in groups if group.frozen},
+        "uncounted": list(costs.unknown),
+        "epochs": {"sparse": sparse, "recover": recover},
+        "compile": _is_compiled(run, loader, max(1, min(*sparse, recover))),
+    }
+
+
+def recover(run: Run) -> dict[str, Any]:
+    """Train the cut network back, taught by the uncut one, and keep the best epoch on the validation split."""
+    counts = run.prepared["epochs"]
+    model = run.on_device(run.network(f"state/round-{len(counts['sparse'])}.safetensors"))
+    settings = replace(run.settings("recover", counts["recover"]), keep_best=True)
+    outcome = run.train(model, settings, teacher=teacher(run))
+    run.save("pruned.safetensors", model.cpu())
+    return {
+        "history": [{"phase": "recover", **line} for line in outcome.history],
+        "val_top1": {"best": outcome.best_top1, "best_epoch": outcome.best_epoch, "last": outcome.last_top1},
+    }
+
+
+def export(run: Run) -> dict[str, Any]:
+    """Both networks as ONNX, each proved equal to torch; then, once, the test split by ONNX Runtime itself."""
+    split = run.data.test if run.data.test is not None else run.data.val
+    found: dict[str, Any] = {"split": "test" if run.data.test is not None else "val", "images": len(split)}
+    for name, file, model in (
+        ("dense", "dense.onnx", copy.deepcopy(run.dense)),
+        ("pruned", "model.onnx", run.network("pruned.safetensors")),
+    ):
+        path = run.folder.path / file
+        proof = _to_onnx(run, model, path, name)
+        accuracy = top1(path, _on_cpu(run.loader(split)))
+        found[name] = {**proof.model_dump(mode="json"), "top1": accuracy, "size_bytes": path.stat().st_size}
+    share = found["pruned"]["size_bytes"] / found["dense"]["size_bytes"]
+    if run.recipe.prune.metric == "size" and share > run.recipe.prune.keep:
+        raise TargetError(
+            f"the file is {share:.4f} of the dense one, above the target {run.recipe.prune.keep:g}; ask for less",
+            lowest=share,
+        )
+    run.folder.write("parity.json", found)
+    return found
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """Latency of the dense and the pruned file, interleaved in one run."""
+    part = run.recipe.bench
+    files = [run.folder.path / "dense.onnx", run.folder.path / "model.onnx"]
+    comparison = benchmark(files, batch=part.batch, threads=part.threads, runtime=part.runtime, seed=run.recipe.seed)
+    found = comparison.model_dump(mode="json")
+    run.folder.write("bench.json", found)
+    return found
+
+
+def write_report(run: Run) -> dict[str, Any]:
+    """The measured numbers with their conditions, for machines and for people."""
+    costs = cost.measure(run.network("pruned.safetensors"), run.example())
+    stages = {name: run.folder.read(f"state/{name}.json") for name in STAGES if run.folder.has(f"state/{name}.json")}
+    widths = dict(stages["prepare"]["widths"])
+    for found in stages["sparse"]["rounds"]:
+        widths.update({name: len(kept) for name, kept in found["plan"]["kept"].items()})
+    asked = run.recipe.prune.round_to
+    block = vector_block() if asked == "auto" else asked
+    dense = stages["prepare"]["widths"]
+    facts = {
+        "recipe": run.recipe.model_dump(mode="json"),
+        "env": run.folder.read("env.json"),
+        "info": run.info.model_dump(mode="json"),
+        "stages": stages,
+        "pruned": {"params": costs.total("params"), "macs": costs.total("macs")},
+        "widths": widths,
+        "block": block,
+        "unaligned": {name: width for name, width in widths.items() if width % block and width != dense[name]},
+        "labels": list(run.data.labels),
+        "data": {"name": run.data.name, "fingerprint": run.data.fingerprint, "notes": list(run.data.notes)},
+    }
+    report.write(run.folder.path, report.build(run.folder.path, facts))
+    return {}
+
+
+# name -> stage; each writes state/NAME.json, and a stage whose file is there is not run again
+STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
+    "prepare": prepare,
+    "sparse": sparsify,
+    "recover": recover,
+    "export": export,
+    "measure": measure,
+    "report": write_report,
+}
+
+
+def _check_output(run: Run, example: Tensor) -> None:
+    """Classification needs one row of logits per image, and at least as many as there are labels."""
+    try:
+        with torch.no_grad():
+            output = run.dense.eval()(example)
+    except Exception as error:
+        line = (str(error).splitlines() or [""])[0]
+        raise LoadError(f"the network does not run on images of shape {tuple(example.shape[1:])}: {line}") from error
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        kind = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise LoadError(f"the network gives {kind} where a classifier gives (N, classes)")
+    if output.shape[1] < len(run.data.labels):
+        raise LoadError(
+            f"the network has {output.shape[1]} outputs, the data set {len(run.data.labels)} classes; "
+            f"give the matching --data, or --arch-arg num_classes={len(run.data.labels)} with weights that fit"
+        )
+
+
+def _beside_weights(run: Run, costs: cost.Costs) -> float:
+    """Bytes of the dense ONNX file that are no weights: the graph, names, metadata."""
+    path = run.folder.path / "dense.onnx"
+    _to_onnx(run, copy.deepcopy(run.dense), path, "dense")
+    return float(path.stat().st_size - costs.total("size"))
+
+
+def _to_onnx(run: Run, model: nn.Module, path: Path, name: str) -> Proof:
+    example = run.example(17)
+    return to_onnx(model, example, path, metadata=_metadata(run, model, example, name))
+
+
+def _metadata(run: Run, model: nn.Module, example: Tensor, name: str) -> dict[str, str]:
+    """metadata_props: who made the file, from what, and what the network costs."""
+    costs, dense = cost.measure(model, example[:1]), cost.measure(run.dense, example[:1])
+    prune = run.recipe.prune
+    values: dict[str, Any] = {
+        "method": prune.method if name == "pruned" else "none",
+        "target": prune.keep if name == "pruned" else 1.0,
+        "metric": prune.metric,
+        "seed": run.recipe.seed,
+        "source_sha256": run.folder.read("env.json")["source_sha256"],
+        "arch": run.info.arch,
+        "data": run.public_data or "",
+        "labels": list(run.info.labels or ()),
+        "mean": list(run.info.mean or ()),
+        "std": list(run.info.std or ()),
+        "dense": {"params": dense.total("params"), "macs": dense.total("macs")},
+        name: {"params": costs.total("params"), "macs": costs.total("macs")},
+    }
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+
+
+def _is_compiled(run: Run, loader: Loader, count: int) -> bool:
+    """Whether the phases are compiled: decided once and kept, so that a resumed run computes the same numbers."""
+    if run.recipe.train.compile != "auto":
+        return run.recipe.train.compile == "on"
+    return train.compile_pays(run.on_device(copy.deepcopy(run.dense)), loader, epochs=count, device=run.device)
+
+
+def _on_cpu(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+    return ((images.cpu(), labels.cpu()) for images, labels in loader)

@@ -1,0 +1,123 @@
+"""Every channel's weights, wherever they lie: their norm, and values per channel spread back on to the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compress.groups import Group, Slice
+from compress.groups.parts import rows, weights
+
+
+@dataclass(frozen=True)
+class Hold:
+    """One group's hold on one tensor; the group's channels are `start` to `start + size - 1` of all channels."""
+
+    part: Slice
+    start: int
+    size: int
+
+    def add_to(self, sums: Tensor, values: Tensor) -> None:
+        other = [dim for dim in range(values.dim()) if dim != self.part.dim]
+        along = values.sum(other) if other else values
+        held = along[self.part.offset : self.part.offset + self.size * self.part.block]
+        sums[self.start : self.start + self.size] += held.view(self.size, self.part.block).sum(1)
+
+    def spread(self, per_channel: Tensor, like: Tensor) -> Tensor:
+        """Values per channel laid along this tensor's axis, zero outside the group: broadcastable to the tensor."""
+        along = like.new_zeros(like.shape[self.part.dim])
+        held = per_channel[self.start : self.start + self.size].repeat_interleave(self.part.block)
+        along[self.part.offset : self.part.offset + held.numel()] = held.to(like.dtype)
+        shape = [1] * like.dim()
+        shape[self.part.dim] = -1
+        return along.view(shape)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The channels of all groups in a row, (channels,), and the weights that make or read each."""
+
+    groups: tuple[Group, ...]
+    tensors: tuple[nn.Parameter, ...]
+    holds: tuple[tuple[Hold, ...], ...]  # beside each tensor, the groups' holds on it
+    elements: Tensor  # n_g: how many weights a channel has, 1 for one without (frozen groups have none)
+
+    def squares(self) -> Tensor:
+        """||w_g||_2^2 of each channel, without gradient: (channels,)."""
+        squares = torch.zeros_like(self.elements)
+        for tensor, holds in zip(self.tensors, self.holds, strict=True):
+            squared = tensor.detach().square()
+            for hold in holds:
+                hold.add_to(squares, squared)
+        return squares
+
+    def pull(self, factor: Tensor) -> list[Tensor]:
+        """factor_g * w for every weight, summed over the groups that hold it: (channels,) -> the tensors' shapes."""
+        found: list[Tensor] = []
+        for tensor, holds in zip(self.tensors, self.holds, strict=True):
+            total = holds[0].spread(factor, tensor)
+            for hold in holds[1:]:
+                total = total + hold.spread(factor, tensor)
+            found.append(tensor.detach() * total)
+        return found
+
+    def by_group(self, values: Tensor) -> dict[str, Tensor]:
+        """(channels,) -> group name: (size,) float32 on the CPU."""
+        parts = torch.split(values.detach().float().cpu(), [group.size for group in self.groups])
+        return {group.name: part for group, part in zip(self.groups, parts, strict=True)}
+
+
+def channels(model: nn.Module, groups: Sequence[Group]) -> Channels:
+    """Hold the weights of all groups that can be cut: of convolutions, and of linear layers that make such channels.
+
+    The classifier is none of these, as in the papers: its outputs are frozen.
+
+    Raises:
+        ValueError: there is no such weight.
+    """
+    free = [group for group in groups if group.frozen is None]
+    made = {tensor for group in free for _, tensor in weights(model, group)}
+    eligible = made | set(conv_parameters(model))
+    holds: dict[nn.Parameter, list[Hold]] = {}
+    count = torch.zeros(sum(group.size for group in groups))
+    start = 0
+    for group in groups:
+        for part, tensor in weights(model, group, ("out", "in")):
+            if isinstance(tensor, nn.Parameter) and tensor in eligible and group.frozen is None:
+                holds.setdefault(tensor, []).append(Hold(part, start, group.size))
+                count[start : start + group.size] += tensor.numel() // tensor.shape[part.dim] * part.block
+        start += group.size
+    tensors = tuple(holds)
+    if not tensors:
+        raise ValueError("no learned weight belongs to a channel that may be cut")
+    elements = count.clamp_(min=1)
+    return Channels(tuple(groups), tensors, tuple(map(tuple, holds.values())), elements.to(tensors[0]))
+
+
+def conv_parameters(model: nn.Module, leaves: Sequence[str] = ("weight", "bias")) -> list[nn.Parameter]:
+    """Every learned convolution weight and bias, without norms and linear layers."""
+    found = [
+        getattr(module, leaf)
+        for module in model.modules()
+        if isinstance(module, nn.modules.conv._ConvNd)
+        for leaf in leaves
+    ]
+    return [parameter for parameter in found if isinstance(parameter, nn.Parameter) and parameter.requires_grad]
+
+
+def filter_sizes(model: nn.Module, group: Group) -> Tensor:
+    """sum |w| of each of the group's filters, in units of its layer's mean, averaged over the layers: (size,)."""
+    found = [rows(tensor.detach(), part, group.size).abs().sum(1) for part, tensor in weights(model, group)]
+    return layer_mean(found, group.size)
+
+
+def layer_mean(found: Sequence[Tensor], size: int) -> Tensor:
+    """Values (size,) of a group's layers, each in units of its mean, averaged: float32 on the CPU, ones for none."""
+    if not found:
+        return torch.ones(size)
+    stacked = torch.stack([values.detach().double().cpu() for values in found])
+    mean = stacked.mean(1, keepdim=True)
+    return (stacked / torch.where(mean > 0, mean, 1.0)).mean(0).float()

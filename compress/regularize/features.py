@@ -1,0 +1,25 @@
+"""Where a network's features are: the outputs of its residual blocks, or of its activations."""
+
+from __future__ import annotations
+
+from torch import nn
+
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Mish)
+
+
+def feature_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules to watch, by path: blocks of two or more weight layers that stand in a sequence, else activations."""
+    blocks: dict[str, nn.Module] = {}
+    for path, container in model.named_modules():
+        if isinstance(container, nn.Sequential | nn.ModuleList):
+            for name, child in container.named_children():
+                weighted = sum(isinstance(m, nn.modules.conv._ConvNd | nn.Linear) for m in child.modules())
+                if weighted > 1 and not isinstance(child, nn.Sequential | nn.ModuleList):
+                    blocks[f"{path}.{name}" if path else name] = child
+    while blocks:  # the outermost ones, unless there is only one: a whole backbone is no block
+        inner = {id(m) for block in blocks.values() for m in block.modules() if m is not block}
+        outer = {path: block for path, block in blocks.items() if id(block) not in inner}
+        if len(outer) > 1 or len(outer) == len(blocks):
+            return outer
+        blocks = {path: block for path, block in blocks.items() if path not in outer}
+    return {path: module for path, module in model.named_modules() if isinstance(module, ACTIVATIONS)}

@@ -1,0 +1,183 @@
+"""Scores that look at data: gradients of the loss, or what the channels carry.
+
+The network runs in evaluation mode, with the statistics of its batch norms held: normalised by its own batch, a layer
+does not feel the length of its filters, and the first-order change of the loss, sum_s g_s w_s, would be 0 for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress.errors import UsageError
+from compress.groups import Group, Slice
+from compress.groups.parts import rows, weights
+from compress.scores.layers import Batches, Scores, average
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits (N, classes), labels (N,) -> (), the mean over the images
+IMAGES = 256  # single images that `hessian` and `obd_c` go through (ours): seconds for a CIFAR network on two cores
+
+
+def taylor(
+    model: nn.Module, groups: Sequence[Group], batches: Batches | None = None, *, loss: Loss = F.cross_entropy
+) -> Scores:
+    """Squared first-order change of the loss, (sum_s g_s w_s)^2 (Molchanov et al., arXiv 1906.10771, equation 7).
+
+    That is the paper's group contribution; equation 8 would be sum_s (g_s w_s)^2. `g` is averaged over a batch, and
+    the square over the batches, as in section 4 there.
+    """
+    held = _held(model, groups)
+    tensors = [tensor for *_, tensor in held]
+    totals = [torch.zeros(()) for _ in held]
+    with _evaluating(model), torch.enable_grad():
+        for images, labels in _read(model, batches, "taylor"):
+            gradients = _gradients(loss(model(images), labels), tensors)
+            for at, (group, part, tensor) in enumerate(held):
+                change = rows(gradients[at] * tensor.detach(), part, group.size).double().sum(1)
+                totals[at] = totals[at] + change.square().cpu()
+    return _by_group(groups, held, totals)
+
+
+def hessian(
+    model: nn.Module,
+    groups: Sequence[Group],
+    batches: Batches | None = None,
+    *,
+    loss: Loss = F.cross_entropy,
+    images: int = IMAGES,
+) -> Scores:
+    """Second-order change of the loss, sum_s w_s^2 mean_n g_ns^2 (LeCun et al., Optimal Brain Damage, NIPS 1989).
+
+    Their saliency without its factor 1/2, summed over the filter. The diagonal of the Hessian is that of the empirical
+    Fisher matrix: squared gradients of single images, averaged over the first `images` of the batches. torch-pruning
+    1.6.1 keeps the gradient of the last image alone.
+    """
+    return _curvature(model, groups, _first(_read(model, batches, "hessian"), images), loss)
+
+
+def obd_c(model: nn.Module, groups: Sequence[Group], batches: Batches | None = None, *, images: int = IMAGES) -> Scores:
+    """`hessian` with labels drawn from the network's own predictions (C-OBD of EigenDamage, arXiv 1905.05934).
+
+    So the curvature is the true Fisher matrix's, which does not vanish where the labels are fitted. One label is drawn
+    for each image, as in the authors' code, from seed 0. Constant factors are left out.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        likely = logits.detach().double().softmax(1).cpu()
+        drawn = torch.multinomial(likely, 1, generator=generator).flatten()
+        return F.cross_entropy(logits, drawn.to(logits.device))
+
+    return _curvature(model, groups, _first(_read(model, batches, "obd-c"), images), loss)
+
+
+def activation(model: nn.Module, groups: Sequence[Group], batches: Batches | None = None) -> Scores:
+    """Mean absolute value of the channel after norm and activation (Molchanov et al., arXiv 1611.06440, section 2.2).
+
+    Taken where the channel is read, at the input of the layers behind it, so that it does not matter how the network
+    spells its activations; a channel that no layer reads is taken at its own layer's output.
+    """
+    sums: dict[tuple[str, Slice], Tensor] = {}
+
+    def watch(module: nn.Module, group: Group, part: Slice, *, is_read: bool) -> Any:
+        def record(module: nn.Module, inputs: Any, output: Any = None) -> None:
+            values = (inputs[0] if is_read else output).detach().abs().double()
+            values = values.movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1).sum(1)
+            found = values[part.offset : part.offset + group.size * part.block].view(group.size, -1).sum(1).cpu()
+            sums[group.name, part] = sums.get((group.name, part), 0) + found
+
+        return module.register_forward_pre_hook(record) if is_read else module.register_forward_hook(record)
+
+    handles = []
+    for group in groups:
+        readers = [part for part, _ in weights(model, group, ("in",))]
+        for part in readers or [part for part, _ in weights(model, group)]:
+            module = model.get_submodule(part.name.rpartition(".")[0])
+            handles.append(watch(module, group, part, is_read=bool(readers)))
+    try:
+        with _evaluating(model), torch.no_grad():
+            for images, _ in _read(model, batches, "activation"):
+                model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {g.name: average([v for (name, _), v in sums.items() if name == g.name], g.size) for g in groups}
+
+
+Held = list[tuple[Group, Slice, Tensor]]  # every layer that makes a group's channels
+
+
+def _held(model: nn.Module, groups: Sequence[Group]) -> Held:
+    return [(group, part, tensor) for group in groups for part, tensor in weights(model, group)]
+
+
+def _curvature(model: nn.Module, groups: Sequence[Group], batches: Batches, loss: Loss) -> Scores:
+    """sum_s w_s^2 * sum_n g_ns^2, one image at a time: exact for any network, whatever it does to a batch."""
+    held = _held(model, groups)
+    tensors = [tensor for *_, tensor in held]
+    squares = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in tensors]
+    with _evaluating(model), torch.enable_grad():
+        for images, labels in batches:
+            for image, label in zip(torch.split(images, 1), torch.split(labels, 1), strict=True):
+                for total, gradient in zip(squares, _gradients(loss(model(image), label), tensors), strict=True):
+                    total += gradient.double().square()
+    return _by_group(
+        groups,
+        held,
+        [rows(t.detach().square() * s, part, g.size).sum(1) for (g, part, t), s in zip(held, squares, strict=True)],
+    )
+
+
+def _gradients(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """d loss / d tensor for each, zeros where the loss does not depend on it; `.grad` stays as it is."""
+    found = torch.autograd.grad(loss, tensors, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
+
+
+def _by_group(groups: Sequence[Group], held: Held, values: Sequence[Tensor]) -> Scores:
+    of: dict[str, list[Tensor]] = {group.name: [] for group in groups}
+    for (group, *_), value in zip(held, values, strict=True):
+        of[group.name].append(value)
+    return {group.name: average(of[group.name], group.size) for group in groups}
+
+
+def _first(batches: Batches, images: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches up to `images` images, the last one cut."""
+    left = images
+    for inputs, labels in batches:
+        yield inputs[:left], labels[:left]
+        left -= len(labels)
+        if left <= 0:
+            return
+
+
+def _read(model: nn.Module, batches: Batches | None, score: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches on the network's device and in its precision; none at all is refused."""
+    if batches is None:
+        raise UsageError(
+            f"the score {score!r} needs data: give batches, pairs of images and labels, or take a score that reads "
+            "weights alone, such as 'l2'"
+        )
+    like = next(t for t in model.state_dict().values() if t.is_floating_point())
+    count = 0
+    for images, labels in batches:
+        count += 1
+        yield images.to(like), labels.to(like.device)
+    if not count:
+        raise UsageError(f"the score {score!r} needs data, and there was no batch in what it was given")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
