@@ -95,3 +95,13 @@ def test_the_links_say_the_same_as_the_package_mapping() -> None:
     for name in ("cli", "models"):
         link = ROOT / "compress" / name
         assert link.is_symlink() and link.resolve() == ROOT / name
+
+
+def test_the_readme_names_every_method_and_every_file() -> None:
+    from compress.regularize import REGULARIZERS
+    from compress.scores import SCORES
+
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in (*REGULARIZERS, *SCORES) if f"`{name}`" not in text] == []
+    tree = text[text.index("## The tree") :]
+    assert [str(p) for p in _sources() if p.name not in tree] == []

@@ -157,6 +157,14 @@ def test_a_network_of_ones_own_is_pruned_by_file_size_and_resumed_from_elsewhere
     assert "cut to" in (out / "log.txt").read_text()
 
 
+def test_trackers_get_every_epoch(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    given = ["--method", "l2", "--target", "0.5", "--epochs", "1", "--set", "data.image_size=8", "-q"]
+    given += ["--set", "train.trackers=[tensorboard]", "--out", str(tmp_path / "run")]
+    finish(start(root, "prune", "models/digits_resnet20.pt", *given))
+    assert list((tmp_path / "run" / "trackers").rglob("events.out.tfevents.*"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
