@@ -59,7 +59,7 @@ class Proof(BaseModel, frozen=True, extra="forbid"):
 
 
 def to_onnx(
-    model: nn.Module, example: Tensor, path: Path, *,
+    model: nn.Module, example: Tensor, path: Path | str, *,
     metadata: Mapping[str, str] | None = None, tolerance: float = TOLERANCE, opset: int | None = None,
 ) -> Proof:  # fmt: skip
     """Flush tiny weights, export with a dynamic batch, prove the file equal to the network, only then name it `path`.
@@ -75,6 +75,7 @@ def to_onnx(
         CompressError: the network is too large for one file, or no exporter can express it.
     """
     images = _tile(example, 2)
+    path = Path(path)
     path.unlink(missing_ok=True)
     flushed = flush_tiny(model)
     network = _plain(model)

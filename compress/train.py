@@ -160,7 +160,11 @@ def finetune(
         DivergedError: the loss became NaN or infinite; the file at `state` holds the last good epoch.
     """
     phase = _Phase(model, train, settings, device, regularizers, teacher)
-    if settings.compile and not any(m._forward_hooks for m in model.modules()):  # hooks would be compiled away
+    if settings.compile and any(m._forward_hooks for m in model.modules()):
+        log.warning(
+            "%s is not compiled: a regulariser watches the features, and its hooks would be lost", settings.phase
+        )
+    elif settings.compile:
         model.compile()
     try:
         outcome, start = phase.restore(state) if state is not None and state.exists() else (Outcome(), 0)

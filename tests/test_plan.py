@@ -198,3 +198,23 @@ def test_the_saved_structure_restores_bit_equal_without_tracing(
 def test_shrink_refuses_an_unknown_score() -> None:
     with pytest.raises(UsageError, match="no score is called 'l3'; there are l1, l2"):
         shrink(NETS["plain"](), X, keep=0.5, score="l3")
+
+
+def test_the_public_page_and_the_readme_example(tmp_path) -> None:
+    """What the README shows in Python, with text for paths as people write it."""
+    import compress
+
+    assert all(getattr(compress, name) is not None for name in dir(compress))
+    model, example = lively(NETS["residual"]()), torch.randn(4, 3, 16, 16)
+    compress.shrink(model, example, keep=0.6, metric="macs", score="l1", round_to=2)
+    compress.to_onnx(model, example, str(tmp_path / "model.onnx"))
+    groups = compress.trace(model, example)
+    halo = compress.regularize.Halo(xi=1e-2)
+    halo.attach(model, groups)
+    (model.train()(example).square().mean() + halo.penalty()).backward()
+    halo.after_step()
+    assert set(halo.scores()) == {group.name for group in groups}
+    found = compress.benchmark([str(tmp_path / "model.onnx")], rounds=1, seconds=0.1)
+    assert found.measurements[0].latency.p50 > 0
+    with pytest.raises(AttributeError, match="module 'compress' has no attribute 'prune'"):
+        _ = compress.prune

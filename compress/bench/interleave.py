@@ -56,7 +56,7 @@ class _Track:
 
 
 def benchmark(
-    files: Sequence[Path], *, batch: int = 1, threads: int = 1, runtime: Runtime = "ort-cpu", rounds: int = 20,
+    files: Sequence[Path | str], *, batch: int = 1, threads: int = 1, runtime: Runtime = "ort-cpu", rounds: int = 20,
     seconds: float = 20.0, seed: int = 0, shape: Sequence[int] | None = None,
     on_round: Callable[[int, int], None] | None = None,
 ) -> Comparison:  # fmt: skip
@@ -72,9 +72,10 @@ def benchmark(
         MeasureError: the runtime is not active, the threads exceed the processors, or the batch does not fit the file.
     """
     setting = _Setting(batch, threads, runtime, rounds, seconds, seed)
-    _check(files, setting)
+    paths = [Path(file) for file in files]
+    _check(paths, setting)
     tracks = []
-    for path, name in zip(files, identity.names(files), strict=True):
+    for path, name in zip(paths, identity.names(paths), strict=True):
         signature = input_signature(open_session(path, threads=threads, runtime=runtime), batch=batch, shape=shape)
         tracks.append(_Track(path, name, signature, draw(signature, seed)))
     conditions = _conditions(setting)
