@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compress import export
 from compress.errors import CompressError, LoadError, ParityError
 from compress.export import flush_tiny, predict, prove, read_metadata, to_onnx, top1
+from compress.train import accelerator
 
 
 class Residual(nn.Module):
@@ -231,11 +232,9 @@ def test_a_network_that_cannot_run_at_some_batch_is_refused(images: Tensor, tmp_
 
 
 def test_the_wrapping_of_a_training_loop_is_undone(images: Tensor, tmp_path: Path) -> None:
-    from accelerate import Accelerator
-
     model = Head()
     to_onnx(model, images, tmp_path / "model.onnx")
-    wrapped = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(Head())
+    wrapped = accelerator("cpu", "bf16").prepare_model(Head())
     wrapped.load_state_dict(model.state_dict())
     assert prove(wrapped, tmp_path / "model.onnx", images).relative < 1e-5
     assert prove(torch.compile(model, backend="eager"), tmp_path / "model.onnx", images).relative < 1e-5
