@@ -69,7 +69,7 @@ def our_loop(arch: str, batch: int, compiled: bool) -> Callable[[], float]:
     model: nn.Module = ARCHS[arch]()
     device = accelerator("cpu")
     images = torch.randint(0, 256, (STEPS * batch, 3, 32, 32), dtype=torch.uint8)
-    split = MemorySplit("noise", images, torch.arange(STEPS * batch).numpy() % 10, "flip-crop")
+    split = MemorySplit("noise", images, torch.arange(STEPS * batch) % 10, "flip-crop")
     options = {"batch_size": batch, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     train = Timed(loader(split, train=True, **options))  # type: ignore[arg-type]
     val = loader(split.subset(torch.arange(2).numpy(), "val"), train=False, **options)  # type: ignore[arg-type]
