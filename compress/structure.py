@@ -126,12 +126,6 @@ def underived(model: nn.Module, dense: nn.Module) -> dict[str, dict[str, int]]:
     return found
 
 
-def same_device(model: nn.Module) -> torch.device:
-    """The device of the model's first tensor, the CPU for a model without any."""
-    first = next(iter(model.state_dict(keep_vars=True).values()), None)
-    return first.device if first is not None else torch.device("cpu")
-
-
 def _holders(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     """Every tensor's name -> all places it is held in: one, or more for a shared one."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}

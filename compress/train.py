@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -337,7 +337,7 @@ class _Phase:
         """
         share = self.settings.penalty_share
         if share is None or share == 0 or not self.regularizers:
-            return [_numbers(r.state_dict()) for r in self.regularizers]
+            return [numbers(r.state_dict()) for r in self.regularizers]
         before = {name: t.detach().clone() for name, t in self.model.named_buffers()}
         self.model.train()
         self.train.set_epoch(0)
@@ -359,7 +359,7 @@ class _Phase:
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(before[name])
-        return [_numbers(r.state_dict()) for r in self.regularizers]
+        return [numbers(r.state_dict()) for r in self.regularizers]
 
     def save(self, path: Path, epoch: int, outcome: Outcome, best: dict[str, Tensor] | None) -> None:
         """Everything the next epoch depends on, in one file that appears whole or not at all."""
@@ -452,5 +452,6 @@ def _parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def _numbers(state: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in state.items() if isinstance(value, int | float)}
+def numbers(state: Mapping[str, Any]) -> dict[str, float]:
+    """The plain numbers of a regulariser's state: its strengths and counters, as JSON takes them."""
+    return {name: value for name, value in state.items() if isinstance(value, int | float)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -214,8 +214,3 @@ def _check_bench(recipe: Recipe) -> None:
         raise MeasureError(f"bench.runtime = {part.runtime} is not available here: {missing}")
     if part.threads > len(allowed_cpus()):
         raise MeasureError(f"bench.threads = {part.threads}, but this process may use {len(allowed_cpus())} processors")
-
-
-def numbers(state: Mapping[str, Any]) -> dict[str, float]:
-    """The plain numbers of a regulariser's state: its strengths and counters, as JSON takes them."""
-    return {name: value for name, value in state.items() if isinstance(value, int | float)}

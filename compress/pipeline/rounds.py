@@ -15,11 +15,12 @@ from compress import cost, train
 from compress.bench.machine import vector_block
 from compress.errors import PruneError, UsageError
 from compress.groups import Group, trace
-from compress.pipeline.context import Event, Run, numbers
+from compress.pipeline.context import Event, Run
 from compress.plan import Plan, apply, select
 from compress.recipe import Recipe
 from compress.regularize import REGULARIZERS, Regularizer
 from compress.scores import DATA_DRIVEN, SCORES, Scores
+from compress.train import numbers
 
 SCORE_BATCHES = 8  # training batches that a data-driven score sees: about a thousand images, in seconds (ours)
 SIZE_MARGIN = 0.005  # by how much a file's size is undercut: the bytes of its graph change a little with the widths
