@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import LoadError
-from compress.structure import resize, same_device, underived
+from compress.structure import resize, underived
 
 
 def _narrowed(module: nn.Module, **shapes: tuple[int, ...]) -> nn.Module:
@@ -102,8 +102,3 @@ def test_underived_names_what_tensors_do_not_tell() -> None:
     assert underived(cut, dense) == {"0": {"in_channels": 4, "groups": 2}}
     assert dense[0].weight.shape == (8, 2, 1, 1)
     assert underived(copy.deepcopy(dense), dense) == {}
-
-
-def test_same_device() -> None:
-    assert same_device(nn.Linear(2, 2, device="meta")) == torch.device("meta")
-    assert same_device(nn.ReLU()) == torch.device("cpu")
