@@ -78,14 +78,15 @@ def select(
     if total <= 0:
         raise PruneError(f"the network has no {metric} to reduce (are all its parameters fixed?)")
     here = min(1.0, keep * whole / total)
-    share = {name: here**power for name, power in _powers(free, costs).items()}
+    powers = _powers(free, costs)
+    share = {name: here**power for name, power in powers.items()}
     blocks = {group.name: _block(group, round_to, share[group.name] if adapt else None) for group in free}
     least = {group.name: _least(group, blocks[group.name], floor * share[group.name]) for group in free}
     widths = Widths(groups, costs, metric)
     _make_reachable(widths, blocks, least, keep * whole, adapt=adapt)
     order = {group.name: scores[group.name].argsort(descending=True, stable=True).tolist() for group in free}
     worth = {group.name: _worth(scores[group.name], order[group.name]) for group in free}
-    keys = _keys(widths, worth, _powers(free, costs), allocation)
+    keys = _keys(widths, worth, powers, allocation)
     _descend(widths, blocks, least, keys, target=keep * whole, whole=whole)
     _give_back(widths, blocks, keys, target=keep * whole)
     kept = {name: tuple(sorted(ranked[: widths.kept[name]])) for name, ranked in order.items()}

@@ -236,9 +236,7 @@ def recalibrate(
         norm.momentum = None  # a cumulative average
         norm.train()
     with torch.no_grad(), device.autocast():
-        for index, (images, _) in enumerate(loader):
-            if index == batches:
-                break
+        for images, _ in islice(loader, batches):
             model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

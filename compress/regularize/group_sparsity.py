@@ -31,7 +31,7 @@ class GroupSparsity:
         self._channels: Channels | None = None
 
     def attach(self, model: nn.Module, groups: Sequence[Group]) -> None:
-        """Hold the convolution weights of all groups that can be cut."""
+        """Hold the weights of all groups that can be cut."""
         self._channels = channels(model, groups)
 
     def parameters(self) -> Iterable[nn.Parameter]:

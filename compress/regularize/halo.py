@@ -20,8 +20,8 @@ class Halo:
     """xi * sum_j u_j / lambda_j^2 + psi * | sum_j |lambda_j| - target |   (equation 3 of the paper).
 
     `u_j` is |w_j| for each convolution parameter (granularity `weight`, the paper's) or sqrt(n_g) * ||w_g||_2 for each
-    channel group (granularity `filter`, ours: what removing filters needs), w_g being all convolution weights that
-    make or read the channel, n_g their number.
+    channel group (granularity `filter`, ours: what removing filters needs), w_g being all weights of convolutions and
+    hidden linear layers that make or read the channel, n_g their number.
 
     Solver `sgd` is the paper's: lambda starts at 1 and is trained by the same optimiser as the weights, *with weight
     decay*. The decay is what moves it: lambda settles at (2 xi u / decay)^(1/4), which makes the profiled penalty
@@ -57,7 +57,7 @@ class Halo:
         self._lambda: nn.Parameter | None = None
 
     def attach(self, model: nn.Module, groups: Sequence[Group]) -> None:
-        """Hold the convolution parameters of `model`; `groups` say which weights belong to a channel."""
+        """Hold the penalised parameters of `model`; `groups` say which weights belong to a channel."""
         self._model, self._groups = model, tuple(groups)
         if self.granularity == "filter":
             self._channels = channels(model, groups)
