@@ -6,9 +6,10 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from compress.errors import LoadError
+from compress.errors import LoadError, PruneError
 
 
 def _conv(module: Any) -> None:
@@ -123,6 +124,25 @@ def underived(model: nn.Module, dense: nn.Module) -> dict[str, dict[str, int]]:
             if type(value) is int and type(wanted.get(name)) is int and wanted[name] != value:
                 found.setdefault(path, {})[name] = wanted[name]
     return found
+
+
+def redraw(model: nn.Module, seed: int) -> None:
+    """Draw new weights, at the shapes that are there, by each layer's own `reset_parameters`; the control of a pruning.
+
+    In place, from `seed`, whatever the global random state, which stays as it is. Layers without a learned parameter
+    of their own keep theirs: a fixed matrix is structure.
+
+    Raises:
+        PruneError: a learned parameter belongs to a module that cannot draw it anew.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for path, module in model.named_modules():
+            own = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
+            if own and not hasattr(module, "reset_parameters"):
+                raise PruneError(f"{path or 'the network'} cannot draw its {own[0]} anew: it has no reset_parameters")
+            if own:
+                module.reset_parameters()
 
 
 def _holders(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:

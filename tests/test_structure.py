@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.errors import LoadError
-from compress.structure import resize, underived
+from compress.errors import LoadError, PruneError
+from compress.structure import redraw, resize, underived
 
 
 def _narrowed(module: nn.Module, **shapes: tuple[int, ...]) -> nn.Module:
@@ -102,3 +102,28 @@ def test_underived_names_what_tensors_do_not_tell() -> None:
     assert underived(cut, dense) == {"0": {"in_channels": 4, "groups": 2}}
     assert dense[0].weight.shape == (8, 2, 1, 1)
     assert underived(copy.deepcopy(dense), dense) == {}
+
+
+def test_redraw_draws_by_seed_keeps_shapes_and_fixed_weights() -> None:
+    models = [nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 5, 1)) for _ in range(2)]
+    for model in models:
+        model[2].weight.requires_grad_(False).fill_(2.0)
+        model[2].bias.requires_grad_(False).fill_(3.0)
+        model[1].running_mean.fill_(7.0)
+    state = torch.get_rng_state()
+    redraw(models[0], 1)
+    redraw(models[1], 1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(models[0][0].weight, models[1][0].weight)
+    assert models[0][1].running_mean.eq(0).all() and models[0][2].weight.eq(2).all()
+    before = models[0][0].weight.detach().clone()
+    redraw(models[0], 2)
+    assert models[0][0].weight.shape == before.shape and not torch.equal(models[0][0].weight, before)
+
+
+def test_redraw_refuses_what_it_cannot_draw() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.register_parameter("scale", nn.Parameter(torch.ones(2)))
+    with pytest.raises(PruneError) as error:
+        redraw(model, 0)
+    assert str(error.value) == "the network cannot draw its scale anew: it has no reset_parameters"
