@@ -297,6 +297,8 @@ class _Phase:
             nesterov=settings.momentum > 0,
             fused=True,
         )
+        # a hook, so that masks (regularize/masks.py), which torch calls first, have been laid on what is measured here
+        self._clipping = self.optimizer.register_step_pre_hook(lambda *_: self._clip())
         self._rate = 0.0  # images per second
         self._pace = 0.0  # steps per second
 
@@ -334,7 +336,7 @@ class _Phase:
         counts as at least a tenth of ln(classes), the loss of guessing.
         """
         share = self.settings.penalty_share
-        if share is None or share == 0 or not self.regularizers:
+        if share is None or share == 0 or len(self.settings.fixed) >= len(self.regularizers):
             return [numbers(r.state_dict()) for r in self.regularizers]
         before = {name: t.detach().clone() for name, t in self.model.named_buffers()}
         self.model.train()
@@ -366,6 +368,7 @@ class _Phase:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "regularizers": [r.state_dict() for r in self.regularizers],
+            "kinds": [type(r).__name__ for r in self.regularizers],
             "outcome": vars(outcome),
             "best": best,
         }
@@ -374,6 +377,12 @@ class _Phase:
 
     def restore(self, path: Path) -> tuple[Outcome, int]:
         content = torch.load(path, map_location=self.device.device, weights_only=True)
+        kinds = [type(r).__name__ for r in self.regularizers]
+        if content.get("kinds", kinds) != kinds:
+            begun, asked = (", ".join(names) or "no regulariser" for names in (content["kinds"], kinds))
+            raise UsageError(
+                f"{path.name} was left by a training with {begun}, not {asked}; begin anew or name the same"
+            )
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         for regularizer, kept in zip(self.regularizers, content["regularizers"], strict=True):
@@ -384,6 +393,7 @@ class _Phase:
 
     def close(self) -> None:
         """Leave a plain module behind."""
+        self._clipping.remove()
         self.model._compiled_call_impl = None
         self.model.zero_grad(set_to_none=True)
         self.model.eval()
@@ -397,11 +407,13 @@ class _Phase:
         extra = torch.stack(penalties).sum() if penalties else torch.zeros_like(task)
         self.optimizer.zero_grad(set_to_none=True)
         self.device.backward((1 - weight) * task + weight * distance + extra)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         self.optimizer.step()
         for regularizer in self.regularizers:
             regularizer.after_step()
         return task.detach(), extra.detach()
+
+    def _clip(self) -> None:
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
 
     def _losses(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Cross-entropy, divergence from the teacher (Hinton et al., arXiv 1503.02531, section 2), penalties."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,7 +17,8 @@ from compress.groups import Group, trace
 from compress.pipeline.context import Event, Run
 from compress.plan import Plan, apply, select
 from compress.recipe import Recipe
-from compress.regularize import REGULARIZERS, Regularizer
+from compress.regularize import REGULARIZERS, SPARSE_TRAINING, Regularizer
+from compress.regularize.make import make
 from compress.scores import DATA_DRIVEN, SCORES, Scores
 from compress.train import numbers
 
@@ -53,7 +53,8 @@ class _Round:
 def _round(run: Run, model: nn.Module, what: _Round) -> dict[str, Any]:
     """Train with the penalties, score, cut, recalibrate, save."""
     groups = trace(model, run.example())
-    regularizers = make_regularizers(run.recipe)
+    steps = what.epochs * len(run.loader(run.data.train, train=True))
+    regularizers = make_regularizers(run.recipe, {"steps": steps, "density": what.keep})
     model = run.on_device(model)
     outcome = train.Outcome()
     try:
@@ -93,8 +94,8 @@ def teacher(run: Run) -> nn.Module:
     return run.on_device(run.network("state/sparse.safetensors") if is_better else copy.deepcopy(run.dense))
 
 
-def make_regularizers(recipe: Recipe) -> list[Regularizer]:
-    """The method's regulariser and the further ones, with the options given for each.
+def make_regularizers(recipe: Recipe, defaults: Mapping[str, Any]) -> list[Regularizer]:
+    """The method's regulariser and the further ones, with the options given for each, on top of `defaults`.
 
     Raises:
         UsageError: options for a regulariser that takes no part, that it does not have, or that it refuses.
@@ -105,18 +106,7 @@ def make_regularizers(recipe: Recipe) -> list[Regularizer]:
             raise UsageError(
                 f"prune.options names {name!r}, which takes no part; there are {', '.join(names) or 'none'}"
             )
-    made: list[Regularizer] = []
-    for name in names:
-        options = recipe.prune.options.get(name, {})
-        known = list(inspect.signature(REGULARIZERS[name]).parameters)
-        wrong = sorted(options.keys() - set(known))
-        if wrong:
-            raise UsageError(f"{name} has no option {wrong[0]!r}; there are {', '.join(known)}")
-        try:
-            made.append(REGULARIZERS[name](**options))
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"prune.options.{name} = {options}: {error}") from error
-    return made
+    return make({name: recipe.prune.options.get(name, {}) for name in names}, defaults)
 
 
 def _names(recipe: Recipe) -> list[str]:
@@ -147,8 +137,13 @@ def _attach(
             regularizer.scale_penalty(prune.strength)
     if before is not None or prune.strength is not None:
         return frozenset(range(len(regularizers)))
-    named = [prune.options.get(name, {}).keys() for name in _names(run.recipe)]
-    return frozenset(i for i, r in enumerate(regularizers) if named[i] & numbers(r.state_dict()).keys())
+    names = _names(run.recipe)
+    named = [prune.options.get(name, {}).keys() for name in names]
+    return frozenset(
+        i
+        for i, regularizer in enumerate(regularizers)
+        if names[i] in SPARSE_TRAINING or named[i] & numbers(regularizer.state_dict()).keys()
+    )
 
 
 def _scores(run: Run, model: nn.Module, groups: Sequence[Group], regularizers: Sequence[Regularizer]) -> Scores:

@@ -50,7 +50,7 @@ def prepare(run: Run) -> dict[str, Any]:
     """Trace and price the dense network, judge it, and see that the target is within reach before any training."""
     example = run.example()
     _check_output(run, example)
-    make_regularizers(run.recipe)
+    make_regularizers(run.recipe, {})
     groups = trace(run.dense, example)
     costs = cost.measure(run.dense, example)
     beside = _beside_weights(run, costs) if run.recipe.prune.metric == "size" else 0.0
