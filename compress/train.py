@@ -297,6 +297,8 @@ class _Phase:
             nesterov=settings.momentum > 0,
             fused=True,
         )
+        # a hook, so that masks (regularize/masks.py), which torch calls first, have been laid on what is measured here
+        self._clipping = self.optimizer.register_step_pre_hook(lambda *_: self._clip())
         self._rate = 0.0  # images per second
         self._pace = 0.0  # steps per second
 
@@ -384,6 +386,7 @@ class _Phase:
 
     def close(self) -> None:
         """Leave a plain module behind."""
+        self._clipping.remove()
         self.model._compiled_call_impl = None
         self.model.zero_grad(set_to_none=True)
         self.model.eval()
@@ -397,11 +400,13 @@ class _Phase:
         extra = torch.stack(penalties).sum() if penalties else torch.zeros_like(task)
         self.optimizer.zero_grad(set_to_none=True)
         self.device.backward((1 - weight) * task + weight * distance + extra)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         self.optimizer.step()
         for regularizer in self.regularizers:
             regularizer.after_step()
         return task.detach(), extra.detach()
+
+    def _clip(self) -> None:
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
 
     def _losses(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Cross-entropy, divergence from the teacher (Hinton et al., arXiv 1503.02531, section 2), penalties."""

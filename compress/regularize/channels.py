@@ -108,6 +108,27 @@ def conv_parameters(model: nn.Module, leaves: Sequence[str] = ("weight", "bias")
     return [parameter for parameter in found if isinstance(parameter, nn.Parameter) and parameter.requires_grad]
 
 
+def maskable(model: nn.Module, *, classifier: bool = False) -> dict[str, nn.Parameter]:
+    """The weights that a mask may thin: of convolutions, or of linear layers where there is no convolution.
+
+    The classifier, taken to be the linear layer registered last, is left dense unless `classifier` says otherwise,
+    or there is nothing else. Names are those of `named_parameters`.
+
+    Raises:
+        ValueError: there is no such weight.
+    """
+    learned = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad and p.dim() > 1}
+    found = [id(p) for p in conv_parameters(model, ("weight",)) if id(p) in learned]
+    linear = [id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) in learned]
+    if not found:
+        found = linear if classifier or len(linear) == 1 else linear[:-1]
+    elif classifier:
+        found = found + linear[-1:]
+    if not found:
+        raise ValueError("no learned weight of a convolution or linear layer")
+    return dict(learned[key] for key in found)
+
+
 def filter_sizes(model: nn.Module, group: Group) -> Tensor:
     """sum |w| of each of the group's filters, in units of its layer's mean, averaged over the layers: (size,)."""
     found = [rows(tensor.detach(), part, group.size).abs().sum(1) for part, tensor in weights(model, group)]
