@@ -7,12 +7,17 @@ from collections.abc import Callable
 from compress.regularize.bn_slimming import BnSlimming as BnSlimming
 from compress.regularize.cka_sr import CkaSr as CkaSr
 from compress.regularize.ffr import Ffr as Ffr
+from compress.regularize.ggr import Ggr as Ggr
 from compress.regularize.group_lasso import GroupLasso as GroupLasso
 from compress.regularize.group_sparsity import GroupSparsity as GroupSparsity
 from compress.regularize.growing_reg import GrowingReg as GrowingReg
 from compress.regularize.halo import Halo as Halo
+from compress.regularize.keep_zeros import KeepZeros as KeepZeros
 from compress.regularize.lasso import Lasso as Lasso
 from compress.regularize.protocol import Regularizer as Regularizer
+from compress.regularize.rigl import Rigl as Rigl
+from compress.regularize.set_training import SetTraining as SetTraining
+from compress.regularize.static_erk import StaticErk as StaticErk
 
 REGULARIZERS: dict[str, Callable[[], Regularizer]] = {
     "halo": Halo,
@@ -23,4 +28,9 @@ REGULARIZERS: dict[str, Callable[[], Regularizer]] = {
     "group-sparsity": GroupSparsity,
     "bn-slimming": BnSlimming,
     "growing-reg": GrowingReg,
+    "ggr": Ggr,
+    "rigl": Rigl,
+    "set": SetTraining,
+    "static-erk": StaticErk,
 }
+SPARSE_TRAINING = frozenset({"ggr", "rigl", "set", "static-erk"})  # masks at work: their penalty is nothing

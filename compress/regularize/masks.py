@@ -37,6 +37,7 @@ class Masks:
         self._names = {id(tensor): name for name, tensor in self.tensors.items()}
         self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._hook: weakref.finalize[..., Masks] | None = None
+        self._look: Look | None = None
         self.set({name: tensor.detach() != 0 for name, tensor in self.tensors.items()} if alive is None else alive)
 
     def set(self, alive: Mapping[str, Tensor]) -> None:
@@ -56,12 +57,13 @@ class Masks:
         No reference to the masks is left with torch: whoever drops them drops the hook.
         """
         self.release()
+        self._look = look
         own = weakref.ref(self)
 
         def hook(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
             masks = own()
             if masks is not None:
-                masks._before_step(optimizer, look)
+                masks._before_step(optimizer)
 
         self._hook = weakref.finalize(self, register_optimizer_step_pre_hook(hook).remove)
         self._hook.atexit = False
@@ -70,7 +72,7 @@ class Masks:
         """Take the hook off; the zeros stay where they are."""
         if self._hook is not None:
             self._hook()
-        self._hook = None
+        self._hook, self._look = None, None
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -94,7 +96,7 @@ class Masks:
         self.set(state)
 
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, look: Look | None) -> None:
+    def _before_step(self, optimizer: Optimizer) -> None:
         own = [p for group in optimizer.param_groups for p in group["params"] if id(p) in self._names]
         gradients = {self._names[id(p)]: p.grad for p in own if p.grad is not None}
         if not gradients:
@@ -102,8 +104,8 @@ class Masks:
         if optimizer not in self._seen:
             self._seen.add(optimizer)
             self._clear(optimizer)
-        if look is not None:
-            look(gradients)
+        if self._look is not None:
+            self._look(gradients)
         factors = [self._factor(name, gradient) for name, gradient in gradients.items()]
         torch._foreach_mul_(list(gradients.values()), factors)
 
