@@ -336,7 +336,7 @@ class _Phase:
         counts as at least a tenth of ln(classes), the loss of guessing.
         """
         share = self.settings.penalty_share
-        if share is None or share == 0 or not self.regularizers:
+        if share is None or share == 0 or len(self.settings.fixed) >= len(self.regularizers):
             return [numbers(r.state_dict()) for r in self.regularizers]
         before = {name: t.detach().clone() for name, t in self.model.named_buffers()}
         self.model.train()

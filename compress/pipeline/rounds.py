@@ -20,7 +20,7 @@ from compress.pipeline import zeros
 from compress.pipeline.context import Event, Run
 from compress.plan import Plan, apply, select
 from compress.recipe import Recipe
-from compress.regularize import REGULARIZERS, Regularizer
+from compress.regularize import REGULARIZERS, SPARSE_TRAINING, Regularizer
 from compress.report.words import strength_words
 from compress.scores import DATA_DRIVEN, SCORES, Scores
 from compress.train import numbers
@@ -57,10 +57,12 @@ class _Round:
 def _round(run: Run, model: nn.Module, what: _Round) -> dict[str, Any]:
     """Train with the penalties, score, cut, recalibrate, save."""
     groups = trace(model, run.example())
-    made = make_regularizers(run.recipe, zeros.defaults(run.recipe, model, what.keep))
+    steps = what.epochs * len(run.loader(run.data.train, train=True))
+    given = {"steps": steps, "density": what.keep, **zeros.defaults(run.recipe, model, what.keep)}
+    made = make_regularizers(run.recipe, given)
     regularizers = [*made, *zeros.held(run.recipe, is_cut=what.before is not None)]
     model = run.on_device(model)
-    outcome, begun = train.Outcome(), []
+    outcome, begun = train.Outcome(), list[dict[str, Any]]()
     try:
         fixed = _attach(run, model, groups, regularizers, what.before)
         if what.epochs:
@@ -68,9 +70,7 @@ def _round(run: Run, model: nn.Module, what: _Round) -> dict[str, Any]:
                 run.settings(what.name, what.epochs), penalty_share=run.recipe.prune.penalty_share, fixed=fixed
             )
             outcome = run.train(model, settings, regularizers, teacher(run) if what.before is not None else None)
-            begun = _strengths(run.recipe, outcome.strengths, fixed)
-            for found in (found for found in begun if found["values"]):
-                run.emit(Event(what.name, strength_words(found)))
+            begun = _strengths(run, what.name, outcome.strengths, fixed)
         scores = _worth(run, model, groups, regularizers)
         strengths = [numbers(regularizer.state_dict()) for regularizer in made]
         log = zeros.density_log(made)
@@ -83,8 +83,8 @@ def _round(run: Run, model: nn.Module, what: _Round) -> dict[str, Any]:
     cut = _cut(run, model, groups, scores, what.keep)
     train.recalibrate(run.on_device(model), run.loader(run.data.train, train=True), device=run.device)
     top1, _ = train.evaluate(model, run.loader(run.data.val), device=run.device)
-    text = f"cut to {cut['reached']:.3g} of the {run.recipe.prune.metric}: validation top-1 {top1:.2f} %"
-    run.emit(Event(what.name, text))
+    reached = f"{cut['reached']:.3g} of the {run.recipe.prune.metric}"
+    run.emit(Event(what.name, f"cut to {reached}: validation top-1 {top1:.2f} %"))
     run.save(f"state/{what.name}.safetensors", model.cpu(), pruned=not zeros.is_fine(run.recipe))
     return {
         "plan": cut,
@@ -96,13 +96,19 @@ def _round(run: Run, model: nn.Module, what: _Round) -> dict[str, Any]:
     }
 
 
-def _strengths(recipe: Recipe, values: Sequence[Mapping[str, float]], fixed: frozenset[int]) -> list[dict[str, Any]]:
+def _strengths(
+    run: Run, phase: str, values: Sequence[Mapping[str, float]], fixed: frozenset[int]
+) -> list[dict[str, Any]]:
     """What each penalty of the recipe began with, and the share of the task loss it was calibrated to, if it was."""
-    share = recipe.prune.penalty_share
-    return [
-        {"name": name, "share": None if place in fixed or not found else share, "values": dict(found)}
-        for place, (name, found) in enumerate(zip(_names(recipe), values, strict=False))
+    share = run.recipe.prune.penalty_share
+    found = [
+        {"name": name, "share": None if place in fixed else share, "values": dict(begun)}
+        for place, (name, begun) in enumerate(zip(_names(run.recipe), values, strict=False))
+        if begun
     ]
+    for strength in found:
+        run.emit(Event(phase, strength_words(strength)))
+    return found
 
 
 def _worth(run: Run, model: nn.Module, groups: Sequence[Group], regularizers: Sequence[Regularizer]) -> Scores:
@@ -183,8 +189,13 @@ def _attach(
             regularizer.scale_penalty(prune.strength)
     if before is not None or prune.strength is not None:
         return frozenset(range(len(regularizers)))
-    named = [prune.options.get(name, {}).keys() for name in _names(run.recipe)]
-    return frozenset(i for i, r in enumerate(regularizers) if named[i] & numbers(r.state_dict()).keys())
+    names = _names(run.recipe)
+    named = [prune.options.get(name, {}).keys() for name in names]
+    return frozenset(
+        i
+        for i, regularizer in enumerate(regularizers)
+        if names[i] in SPARSE_TRAINING or named[i] & numbers(regularizer.state_dict()).keys()
+    )
 
 
 def _scores(run: Run, model: nn.Module, groups: Sequence[Group], regularizers: Sequence[Regularizer]) -> Scores:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from compress.errors import PruneError, UsageError
 from compress.onnx_file import count_weights
 from compress.pipeline.context import Run
 from compress.recipe import Recipe
-from compress.regularize import REGULARIZERS, Regularizer
+from compress.regularize import SPARSE_TRAINING, Regularizer
 from compress.regularize.channels import maskable
 from compress.regularize.keep_zeros import KeepZeros
 from compress.scores import SCORES
@@ -42,7 +41,7 @@ def check(recipe: Recipe, model: nn.Module) -> None:
         )
     if name := _score(recipe):
         sparse.weigh(model, name)
-    if prune.rounds > 1 and _is_sparse_from_the_start(prune.method):
+    if prune.rounds > 1 and prune.method in SPARSE_TRAINING:
         raise UsageError(
             f"prune.rounds = {prune.rounds} with {prune.method}, which trains at the target's density from its first "
             "step; use one round"
@@ -113,11 +112,6 @@ def dry_run_weights(recipe: Recipe, model: nn.Module) -> tuple[sparse.Thinned, s
     check(recipe, model)
     score = _score(recipe) or "l1"
     return sparse.thin(copy.deepcopy(model), keep=recipe.prune.keep, worth=score, seed=recipe.seed), score
-
-
-def _is_sparse_from_the_start(method: str) -> bool:
-    """Dynamic sparse training takes its density when it is made."""
-    return method in REGULARIZERS and "density" in inspect.signature(REGULARIZERS[method]).parameters
 
 
 def _score(recipe: Recipe) -> str:
