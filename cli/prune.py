@@ -31,6 +31,9 @@ def prune(
     metric: Annotated[
         Text, typer.Option("--metric", help="params, macs or size: what the target is a share of")
     ] = None,
+    granularity: Annotated[
+        Text, typer.Option("--granularity", help="filter: channels leave; weight: single weights become 0 in place")
+    ] = None,
     score: Annotated[Text, typer.Option("--score", help="Another importance than the method's own")] = None,
     regularize: Annotated[
         list[str] | None, typer.Option("--regularize", help="A further regulariser; may repeat")
@@ -71,6 +74,7 @@ def prune(
         "data": {"source": _absolute(data)},
         "prune": {
             "method": method, "keep": target, "metric": metric, "score": score, "regularize": regularize,
+            "granularity": granularity,
             "round_to": int(round_to) if round_to is not None and round_to.isdigit() else round_to,
         },
         "train": {"epochs": epochs},
@@ -204,6 +208,14 @@ def _default_folder(model: Path, method: str, recipe: str) -> Path:
 def _show_plan(recipe: Recipe, network: nn.Module, info: ModelInfo, *, as_json: bool) -> None:
     from compress import inputs, pipeline
 
+    if recipe.prune.granularity == "weight":
+        found, score = pipeline.dry_run_weights(recipe, network)
+        shares = [(name, view.figure(density)) for name, density in found.density.items()]
+        view.table(f"density as the weights stand now, ranked by {score}", ("weights", "density"), shares)
+        view.note(f"params: {found.reached:.4f} would remain, {found.params:,} of them")
+        if as_json:
+            view.document({"plan": found.model_dump(mode="json"), "score": score, "frozen": {}})
+        return
     shape = inputs.image_shape(network, info, recipe.data.image_size)
     plan, groups, costs, score = pipeline.dry_run(recipe, network, inputs.noise(shape, 1))
     rows = [(g.name, str(g.size), str(len(plan.kept.get(g.name, range(g.size)))), g.frozen or "") for g in groups]

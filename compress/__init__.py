@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from compress.plan import select as select
     from compress.plan import shrink as shrink
     from compress.scores import SCORES as SCORES
+    from compress.sparse import thin as thin
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _PLACES = {
     "run": "compress.pipeline:run",
     "select": "compress.plan:select",
     "shrink": "compress.plan:shrink",
+    "thin": "compress.sparse:thin",
     "to_onnx": "compress.export:to_onnx",
     "trace": "compress.groups:trace",
 }

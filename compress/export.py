@@ -19,15 +19,13 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from compress.bench.machine import package_version
 from compress.bench.session import one_line, open_session, runtime_errors
 from compress.errors import CompressError, ParityError
 from compress.files import atomic_path
+from compress.onnx_file import TINY, finish
 
 logger = logging.getLogger(__name__)
 
-TOOL = "compress-to-onnx"
-TINY = 2.0**-100  # a weight above it times an activation above 2**-26 (float32 resolves 2**-24 of 1) stays normal
 TOLERANCE = 1e-4  # of the output's scale: sums in another order differ by 1e-7 to 1e-5, a wrong layer by 1e-2
 LEAST_SCALE = 1e-6  # an output of smaller rms would be equal to anything: freshly initialised heads give 0 or 1e-10
 BATCHES = (1, 2, 17)  # the usual one, the exported one, and one that no tracer has guessed
@@ -61,13 +59,15 @@ class Proof(BaseModel, frozen=True, extra="forbid"):
 def to_onnx(
     model: nn.Module, example: Tensor, path: Path | str, *,
     metadata: Mapping[str, str] | None = None, tolerance: float = TOLERANCE, opset: int | None = None,
+    sparse: bool = False,
 ) -> Proof:  # fmt: skip
     """Flush tiny weights, export with a dynamic batch, prove the file equal to the network, only then name it `path`.
 
     The network is left as it was but for the flushed weights. `example` (N, C, H, W) holds real, normalised inputs. The
     input is called "images"; the output "logits", or "out_0", "out_1", ... where there are several (tuples and dicts in
-    the order of torch's pytree). `opset` is the exporter's own by default, which needs no version conversion. Whatever
-    was at `path` before is gone, also after a failure.
+    the order of torch's pytree). `opset` is the exporter's own by default, which needs no version conversion. `sparse`
+    stores weights with many zeros by their non-zeros alone: a smaller file, loaded into the same network. Whatever was
+    at `path` before is gone, also after a failure.
 
     Raises:
         ParityError: the file differs from the network, at some batch size, by more than `tolerance` times the output's
@@ -85,7 +85,7 @@ def to_onnx(
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         exporter = _export(network, images, temporary, opset)
-        _finish(temporary, exporter=exporter, flushed=flushed, given=metadata or {})
+        finish(temporary, exporter=exporter, flushed=flushed, given=metadata or {}, sparse=sparse)
         return _prove(network, temporary, example, tolerance, path.name)
 
 
@@ -251,42 +251,6 @@ def _export(network: nn.Module, images: Tensor, target: Path, opset: int | None)
     except _EXPORTER_ERRORS as error:
         raise CompressError(f"neither ONNX exporter can express the network: {one_line(error)}") from error
     return "legacy"
-
-
-def _finish(target: Path, *, exporter: Exporter, flushed: int, given: Mapping[str, str]) -> None:
-    """In place: flush what folding batch norm made tiny, drop the exporter's notes (they hold paths), add metadata."""
-    import onnx
-
-    proto = onnx.load(target)
-    readers = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-    weights = {name for node in proto.graph.node if node.op_type in readers for name in node.input}
-    for tensor in proto.graph.initializer:
-        if tensor.name in weights and tensor.data_type == onnx.TensorProto.FLOAT:
-            values = onnx.numpy_helper.to_array(tensor)
-            tiny = (np.abs(values) < TINY) & (values != 0)
-            if tiny.any():
-                tensor.CopyFrom(onnx.numpy_helper.from_array(np.where(tiny, np.float32(0), values), tensor.name))
-                flushed += int(tiny.sum())
-    _strip(proto.graph)
-    for function in proto.functions:
-        _strip(function)
-    own = {"tool": TOOL, "tool_version": package_version(TOOL) or "unknown", "exporter": exporter}
-    del proto.metadata_props[:]
-    onnx.helper.set_model_props(proto, {**given, **own, "flushed": str(flushed)})
-    target.write_bytes(proto.SerializeToString())
-
-
-def _strip(graph: Any) -> None:
-    """Remove notes and documentation from a graph or function, its nodes and the graphs inside them."""
-    parts = [graph, *graph.node, *graph.value_info]
-    if hasattr(graph, "initializer"):  # a function has none, and its inputs and outputs are plain names
-        parts += [*graph.input, *graph.output, *graph.initializer]
-    for part in parts:
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
-    for attribute in (attribute for node in graph.node for attribute in node.attribute):
-        for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            _strip(inner)
 
 
 @contextmanager

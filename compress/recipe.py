@@ -56,6 +56,9 @@ class PrunePart(BaseModel):
     method: str = Field("halo", description="a regulariser with its own score, or a score alone")
     regularize: tuple[str, ...] = Field((), description="further regularisers, added to the method's")
     score: str = Field("", description="importance; empty: the method's own")
+    granularity: Literal["filter", "weight"] = Field(
+        "filter", description="filter: channels leave; weight: single weights become 0 in place, the file is sparse"
+    )
     keep: float = Field(0.5, gt=0, le=1, description="share of the metric that remains")
     metric: Metric = Field("params", description="what `keep` is a share of")
     round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(

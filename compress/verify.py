@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from compress import checkpoint, cost, data, export, recipe
+from compress import checkpoint, cost, data, export, recipe, sparse
 from compress.checkpoint import ModelInfo
 from compress.data import Data
 from compress.errors import CompressError, DataError, UsageError
 from compress.folder import RunFolder
 from compress.inputs import choose, example, load_data, noise, normalisation
+from compress.onnx_file import count_weights
 
 State = Literal["ok", "FAILED", "skipped"]
 LATENCY = ("p50", "p90", "p99", "batch", "threads", "runtime")
@@ -188,10 +189,11 @@ def _costs(evidence: _Evidence) -> str:
     network, info = evidence.rebuilt()
     assert info.input_size is not None
     costs = cost.measure(network, noise(info.input_size, 1))
+    counted = {"macs": int(costs.total("macs")), "params": _params(evidence, network, int(costs.total("params")))}
     dense, pruned = evidence.get("report.json", "dense"), evidence.get("report.json", "pruned")
-    for metric in ("params", "macs"):
-        if int(costs.total(metric)) != pruned[metric]:
-            raise _Failed(f"{metric} are {int(costs.total(metric)):,}, {pruned[metric]:,} in the report")
+    for metric, value in counted.items():
+        if value != pruned[metric]:
+            raise _Failed(f"{metric} are {value:,}, {pruned[metric]:,} in the report")
     for name, key in (("params", "params"), ("macs", "macs"), ("size", "size_bytes")):
         share = evidence.get("report.json", f"kept.{name}")
         if not math.isclose(share, pruned[key] / dense[key], rel_tol=1e-9):
@@ -200,6 +202,24 @@ def _costs(evidence: _Evidence) -> str:
     if metric != "size" and pruned[metric] > target * dense[metric] * (1 + 1e-9):  # bytes are of weights, not of ONNX
         raise _Failed(f"{pruned[metric] / dense[metric]:.4g} of the {metric} remain, the target is {target:g}")
     return f"{pruned['params']:,} params, {pruned['macs']:,} MACs counted again; shares agree"
+
+
+def _params(evidence: _Evidence, network: nn.Module, params: int) -> int:
+    """Parameters as the report counts them; zeros in place are no parameters, and must be zeros in the file as well."""
+    if evidence.documents["report.json"].get("granularity", "filter") == "filter":
+        return params
+    layers = {
+        name.removesuffix(".weight"): {"weights": total, "nonzero": alive}
+        for name, (total, alive) in sparse.density(network).items()
+    }
+    told = evidence.get("report.json", "density")
+    wrong = sorted(name for name in layers.keys() | told.keys() if layers.get(name) != told.get(name))
+    if wrong:
+        raise _Failed(f"{wrong[0]} has {layers.get(wrong[0])}, {told.get(wrong[0])} in the report")
+    found, claimed = count_weights(evidence.folder.path / "model.onnx"), evidence.get("parity.json", "pruned.weights")
+    if claimed != {"weights": found.total, "nonzero": found.nonzero, "sparse_tensors": found.sparse_tensors}:
+        raise _Failed(f"model.onnx has {found.nonzero:,} weights that are not 0, {claimed['nonzero']:,} when proved")
+    return sparse.remaining(network)
 
 
 def _data(evidence: _Evidence) -> str:

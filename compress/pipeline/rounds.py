@@ -6,23 +6,27 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
-from compress import cost, train
+from compress import cost, sparse, train
 from compress.bench.machine import vector_block
 from compress.errors import PruneError, UsageError
 from compress.groups import Group, trace
+from compress.pipeline import zeros
 from compress.pipeline.context import Event, Run
 from compress.plan import Plan, apply, select
 from compress.recipe import Recipe
 from compress.regularize import REGULARIZERS, SPARSE_TRAINING, Regularizer
 from compress.regularize.make import make
+from compress.report.words import strength_words
 from compress.scores import DATA_DRIVEN, SCORES, Scores
 from compress.train import numbers
 
 SCORE_BATCHES = 8  # training batches that a data-driven score sees: about a thousand images, in seconds (ours)
+NONE: Mapping[str, Any] = MappingProxyType({})
 SIZE_MARGIN = 0.005  # by how much a file's size is undercut: the bytes of its graph change a little with the widths
 
 
@@ -54,9 +58,11 @@ def _round(run: Run, model: nn.Module, what: _Round) -> dict[str, Any]:
     """Train with the penalties, score, cut, recalibrate, save."""
     groups = trace(model, run.example())
     steps = what.epochs * len(run.loader(run.data.train, train=True))
-    regularizers = make_regularizers(run.recipe, {"steps": steps, "density": what.keep})
+    given = {"steps": steps, "density": what.keep, **zeros.defaults(run.recipe, model, what.keep)}
+    made = make_regularizers(run.recipe, given)
+    regularizers = [*made, *zeros.held(run.recipe, is_cut=what.before is not None)]
     model = run.on_device(model)
-    outcome = train.Outcome()
+    outcome, begun = train.Outcome(), list[dict[str, Any]]()
     try:
         fixed = _attach(run, model, groups, regularizers, what.before)
         if what.epochs:
@@ -64,27 +70,62 @@ def _round(run: Run, model: nn.Module, what: _Round) -> dict[str, Any]:
                 run.settings(what.name, what.epochs), penalty_share=run.recipe.prune.penalty_share, fixed=fixed
             )
             outcome = run.train(model, settings, regularizers, teacher(run) if what.before is not None else None)
-        scores = _scores(run, model, groups, regularizers)
-        strengths = [numbers(regularizer.state_dict()) for regularizer in regularizers]
+            begun = _strengths(run, what.name, outcome.strengths, fixed)
+        scores = _worth(run, model, groups, regularizers)
+        strengths = [numbers(regularizer.state_dict()) for regularizer in made]
+        log = zeros.density_log(made)
     finally:
         for regularizer in regularizers:
             regularizer.detach()
     model = model.cpu()
     if what.before is None:
         run.save("state/sparse.safetensors", model, pruned=False)
-    whole = run.prepared["dense"][run.recipe.prune.metric]
-    plan = select_as(run.recipe, groups, scores, run.costs(model), keep=what.keep, whole=whole)
-    apply(model, groups, plan)
+    cut = _cut(run, model, groups, scores, what.keep)
     train.recalibrate(run.on_device(model), run.loader(run.data.train, train=True), device=run.device)
     top1, _ = train.evaluate(model, run.loader(run.data.val), device=run.device)
-    run.emit(Event(what.name, f"cut to {plan.reached:.3g} of the {plan.metric}: validation top-1 {top1:.2f} %"))
-    run.save(f"state/{what.name}.safetensors", model.cpu())
+    reached = f"{cut['reached']:.3g} of the {run.recipe.prune.metric}"
+    run.emit(Event(what.name, f"cut to {reached}: validation top-1 {top1:.2f} %"))
+    run.save(f"state/{what.name}.safetensors", model.cpu(), pruned=not zeros.is_fine(run.recipe))
     return {
-        "plan": plan.model_dump(mode="json"),
+        "plan": cut,
+        "density_log": log,
+        "strengths": begun,
         "history": [{"phase": what.name, **line} for line in outcome.history],
         "regularizers": strengths,
         "val_top1": {"trained": outcome.last_top1 if what.epochs else None, "cut": top1},
     }
+
+
+def _strengths(
+    run: Run, phase: str, values: Sequence[Mapping[str, float]], fixed: frozenset[int]
+) -> list[dict[str, Any]]:
+    """What each penalty of the recipe began with, and the share of the task loss it was calibrated to, if it was."""
+    share = run.recipe.prune.penalty_share
+    found = [
+        {"name": name, "share": None if place in fixed else share, "values": dict(begun)}
+        for place, (name, begun) in enumerate(zip(_names(run.recipe), values, strict=False))
+        if begun
+    ]
+    for strength in found:
+        run.emit(Event(phase, strength_words(strength)))
+    return found
+
+
+def _worth(run: Run, model: nn.Module, groups: Sequence[Group], regularizers: Sequence[Regularizer]) -> Scores:
+    """The importance of every channel by group, or (granularity `weight`) of every weight by tensor."""
+    if zeros.is_fine(run.recipe):
+        return zeros.worth(run, model, regularizers)
+    return _scores(run, model, groups, regularizers)
+
+
+def _cut(run: Run, model: nn.Module, groups: Sequence[Group], scores: Scores, keep: float) -> dict[str, Any]:
+    """Remove channels, or set weights to zero, in place; what was done, as JSON."""
+    if zeros.is_fine(run.recipe):
+        return sparse.thin(model, keep=keep, worth=scores).model_dump(mode="json")
+    whole = run.prepared["dense"][run.recipe.prune.metric]
+    plan = select_as(run.recipe, groups, scores, run.costs(model), keep=keep, whole=whole)
+    apply(model, groups, plan)
+    return plan.model_dump(mode="json")
 
 
 def teacher(run: Run) -> nn.Module:
@@ -94,7 +135,7 @@ def teacher(run: Run) -> nn.Module:
     return run.on_device(run.network("state/sparse.safetensors") if is_better else copy.deepcopy(run.dense))
 
 
-def make_regularizers(recipe: Recipe, defaults: Mapping[str, Any]) -> list[Regularizer]:
+def make_regularizers(recipe: Recipe, defaults: Mapping[str, Any] = NONE) -> list[Regularizer]:
     """The method's regulariser and the further ones, with the options given for each, on top of `defaults`.
 
     Raises:

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress import cost, report, train
+from compress import cost, report, sparse, train
 from compress.bench import benchmark
 from compress.bench.machine import vector_block
 from compress.data import Loader
 from compress.errors import LoadError, TargetError, UsageError
 from compress.export import Proof, to_onnx, top1
 from compress.groups import trace
+from compress.pipeline import zeros
 from compress.pipeline.context import Run
 from compress.pipeline.rounds import make_regularizers, select_as, sparsify, teacher
 from compress.recipe import Recipe
@@ -50,14 +51,17 @@ def prepare(run: Run) -> dict[str, Any]:
     """Trace and price the dense network, judge it, and see that the target is within reach before any training."""
     example = run.example()
     _check_output(run, example)
-    make_regularizers(run.recipe, {})
+    if zeros.is_fine(run.recipe):
+        zeros.check(run.recipe, run.dense)
+    make_regularizers(run.recipe)
     groups = trace(run.dense, example)
     costs = cost.measure(run.dense, example)
     beside = _beside_weights(run, costs) if run.recipe.prune.metric == "size" else 0.0
     costs = replace(costs, fixed={**costs.fixed, "size": beside})
-    even = {group.name: torch.ones(group.size) for group in groups}
-    whole = costs.total(run.recipe.prune.metric)
-    select_as(run.recipe, groups, even, costs, keep=run.recipe.prune.keep, whole=whole)
+    if not zeros.is_fine(run.recipe):
+        even = {group.name: torch.ones(group.size) for group in groups}
+        whole = costs.total(run.recipe.prune.metric)
+        select_as(run.recipe, groups, even, costs, keep=run.recipe.prune.keep, whole=whole)
     accuracy, loss = train.evaluate(run.on_device(run.dense), run.loader(run.data.val), device=run.device)
     loader = run.loader(run.data.train, train=True)
     sparse, recover = epochs(run.recipe, len(loader))
@@ -77,8 +81,15 @@ def recover(run: Run) -> dict[str, Any]:
     counts = run.prepared["epochs"]
     model = run.on_device(run.network(f"state/round-{len(counts['sparse'])}.safetensors"))
     settings = replace(run.settings("recover", counts["recover"]), keep_best=True)
-    outcome = run.train(model, settings, teacher=teacher(run))
-    run.save("pruned.safetensors", model.cpu())
+    held = zeros.held(run.recipe, is_cut=True)
+    for regularizer in held:
+        regularizer.attach(model, ())
+    try:
+        outcome = run.train(model, settings, held, teacher=teacher(run))
+    finally:
+        for regularizer in held:
+            regularizer.detach()
+    run.save("pruned.safetensors", model.cpu(), pruned=not zeros.is_fine(run.recipe))
     return {
         "history": [{"phase": "recover", **line} for line in outcome.history],
         "val_top1": {"best": outcome.best_top1, "best_epoch": outcome.best_epoch, "last": outcome.last_top1},
@@ -97,6 +108,8 @@ def export(run: Run) -> dict[str, Any]:
         proof = _to_onnx(run, model, path, name)
         accuracy = top1(path, _on_cpu(run.loader(split)))
         found[name] = {**proof.model_dump(mode="json"), "top1": accuracy, "size_bytes": path.stat().st_size}
+        if zeros.is_fine(run.recipe) and name == "pruned":
+            found[name]["weights"] = zeros.count_file(model, path)
     share = found["pruned"]["size_bytes"] / found["dense"]["size_bytes"]
     if run.recipe.prune.metric == "size" and share > run.recipe.prune.keep:
         raise TargetError(
@@ -119,11 +132,11 @@ def measure(run: Run) -> dict[str, Any]:
 
 def write_report(run: Run) -> dict[str, Any]:
     """The measured numbers with their conditions, for machines and for people."""
-    costs = cost.measure(run.network("pruned.safetensors"), run.example())
+    pruned = run.network("pruned.safetensors")
     stages = {name: run.folder.read(f"state/{name}.json") for name in STAGES if run.folder.has(f"state/{name}.json")}
     widths = dict(stages["prepare"]["widths"])
     for found in stages["sparse"]["rounds"]:
-        widths.update({name: len(kept) for name, kept in found["plan"]["kept"].items()})
+        widths.update({name: len(kept) for name, kept in found["plan"].get("kept", {}).items()})
     asked = run.recipe.prune.round_to
     block = vector_block() if asked == "auto" else asked
     dense = stages["prepare"]["widths"]
@@ -132,7 +145,8 @@ def write_report(run: Run) -> dict[str, Any]:
         "env": run.folder.read("env.json"),
         "info": run.info.model_dump(mode="json"),
         "stages": stages,
-        "pruned": {"params": costs.total("params"), "macs": costs.total("macs")},
+        "pruned": _figures(pruned, run.example(), is_fine=zeros.is_fine(run.recipe)),
+        "density": zeros.of_layers(pruned) if zeros.is_fine(run.recipe) else {},
         "widths": widths,
         "block": block,
         "unaligned": {name: width for name, width in widths.items() if width % block and width != dense[name]},
@@ -181,12 +195,12 @@ def _beside_weights(run: Run, costs: cost.Costs) -> float:
 
 def _to_onnx(run: Run, model: nn.Module, path: Path, name: str) -> Proof:
     example = run.example(17)
-    return to_onnx(model, example, path, metadata=_metadata(run, model, example, name))
+    is_sparse = zeros.is_fine(run.recipe) and name == "pruned"
+    return to_onnx(model, example, path, metadata=_metadata(run, model, example, name), sparse=is_sparse)
 
 
 def _metadata(run: Run, model: nn.Module, example: Tensor, name: str) -> dict[str, str]:
     """metadata_props: who made the file, from what, and what the network costs."""
-    costs, dense = cost.measure(model, example[:1]), cost.measure(run.dense, example[:1])
     prune = run.recipe.prune
     values: dict[str, Any] = {
         "method": prune.method if name == "pruned" else "none",
@@ -199,10 +213,16 @@ def _metadata(run: Run, model: nn.Module, example: Tensor, name: str) -> dict[st
         "labels": list(run.info.labels or ()),
         "mean": list(run.info.mean or ()),
         "std": list(run.info.std or ()),
-        "dense": {"params": dense.total("params"), "macs": dense.total("macs")},
-        name: {"params": costs.total("params"), "macs": costs.total("macs")},
+        "dense": _figures(run.dense, example[:1]),
+        name: _figures(model, example[:1], is_fine=zeros.is_fine(run.recipe) and name == "pruned"),
     }
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+
+
+def _figures(model: nn.Module, example: Tensor, *, is_fine: bool = False) -> dict[str, float]:
+    """Parameters, without the zeros among single weights where `is_fine`, and MACs: a runtime multiplies by zeros."""
+    costs = cost.measure(model, example)
+    return {"params": sparse.remaining(model) if is_fine else costs.total("params"), "macs": costs.total("macs")}
 
 
 def _is_compiled(run: Run, loader: Loader, count: int) -> bool:

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from compress.groups import Group
 from compress.groups.parts import norm_behind, rows, weights
 from compress.regularize.features import ACTIVATIONS, feature_modules
+from compress.regularize.flow import Flow
 
 
 class Ffr:
@@ -32,6 +33,8 @@ class Ffr:
         align: `skip` starts a new segment where the shape changes; `pad` joins the two by 2x2 average pooling and
             zero channels, which plain networks need to have more than a few pairs.
         samples: images of each batch that the penalty looks at, None for all. A subset estimates the same mean.
+        score: `folded`, what the weights say, or `flow`, what the channels carried in training; see `scores`.
+        period: steps from one look of `flow` to the next (ours: the 5 of CKA-SR).
     """
 
     def __init__(
@@ -43,11 +46,17 @@ class Ffr:
         curvature: Literal["second-difference", "angle"] = "second-difference",
         align: Literal["skip", "pad"] = "skip",
         samples: int | None = 32,
+        score: Literal["folded", "flow"] = "folded",
+        period: int = 5,
     ) -> None:
         if min(k1, k2) < 0 or k1 + k2 == 0:
             raise ValueError(f"k1 = {k1} and k2 = {k2} must be at least 0, and one of them above it")
+        if score not in ("folded", "flow") or period < 1:
+            raise ValueError(f"score = {score!r} must be folded or flow, and period = {period} at least 1")
         self.k1, self.k2 = k1, k2
         self.norm, self.curvature, self.align, self.samples = norm, curvature, align, samples
+        self.score, self.period = score, period
+        self._flow: Flow | None = None
         self._features: list[Tensor] = []
         self._last: Tensor | None = None  # the newest output, to know when a block starts from something else
         self._handles: list[RemovableHandle] = []
@@ -62,6 +71,8 @@ class Ffr:
             raise ValueError("the network has neither residual blocks in a sequence nor activation modules to watch")
         self._handles = [model.register_forward_pre_hook(lambda module, inputs: self._features.clear())]
         self._handles += [module.register_forward_hook(self._record) for module in watched.values()]
+        if self.score == "flow":
+            self._flow = Flow(model, groups, samples=self.samples, period=self.period)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return ()
@@ -70,7 +81,9 @@ class Ffr:
         """Length and curvature of the features of the last forward pass in training mode, shape ()."""
         if not self._features:
             raise RuntimeError("no features: call penalty() after a forward pass in training mode")
-        segments = self.segments(self._features)
+        if self._flow is not None:
+            self._flow.look(self._features)
+        segments = self.segments([feature[: self.samples] for feature in self._features])
         self._features, self._last = [], None
         lengths = [self._mean([self._size(b - a) for a, b in _pairs(x)]) for x in segments]
         bends = [
@@ -91,13 +104,20 @@ class Ffr:
         return [run for run in runs if len(run) > 1]
 
     def after_step(self) -> None:
-        """Nothing to project."""
+        """Nothing to project; `flow` counts the step."""
+        if self._flow is not None:
+            self._flow.after_step()
 
     def scores(self) -> Mapping[str, Tensor]:
-        """|gamma| * ||W||_1 of each filter, relative to its layer's largest, averaged over the group's layers.
+        """`flow`: see Flow.look. `folded`: |gamma| * ||W||_1 of each filter, relative to its layer's largest.
 
-        Ours: the penalty acts on features, which can shrink through the batch norm's scale alone.
+        Both are ours. `folded` is averaged over the group's layers, and has the batch norm in it because the penalty
+        acts on features, which can shrink through its scale alone. It stands in for groups that `flow` has not seen.
         """
+        folded = self._folded()
+        return folded if self._flow is None else folded | {n: w.float().cpu() for n, w in self._flow.worth.items()}
+
+    def _folded(self) -> dict[str, Tensor]:
         assert self._model is not None
         behind = norm_behind(self._model)
         state = self._model.state_dict()
@@ -117,6 +137,9 @@ class Ffr:
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
+        if self._flow is not None:
+            self._flow.detach()
+        self._flow = None
         self._handles, self._features, self._last, self._groups, self._model = [], [], None, (), None
 
     def scale_penalty(self, factor: float) -> None:
@@ -124,10 +147,14 @@ class Ffr:
         self.k2 *= factor
 
     def state_dict(self) -> dict[str, Any]:
-        return {"k1": self.k1, "k2": self.k2}
+        flow = {} if self._flow is None else {"flow": self._flow.state_dict()}
+        return {"k1": self.k1, "k2": self.k2, **flow}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The numbers alone, without `flow`, are the strength for another network: there the score starts anew."""
         self.k1, self.k2 = float(state["k1"]), float(state["k2"])
+        if self._flow is not None and "flow" in state:
+            self._flow.load_state_dict(state["flow"])
 
     def _record(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if not (module.training and torch.is_grad_enabled() and isinstance(output, Tensor)):
@@ -135,8 +162,8 @@ class Ffr:
         entered = inputs[0] if inputs else None
         starts_run = entered is not self._last and not isinstance(module, ACTIVATIONS)
         if starts_run and isinstance(entered, Tensor) and entered.shape == output.shape:
-            self._features.append(entered[: self.samples])
-        self._features.append(output[: self.samples])
+            self._features.append(entered)
+        self._features.append(output)
         self._last = output
 
     def _mean(self, values: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compress.groups import Group
 from compress.groups.parts import rows, weights
-from compress.regularize.channels import Channels, channels, conv_parameters
+from compress.regularize.channels import Channels, channels, conv_parameters, maskable
 from compress.regularize.closed import closed
 
 GUARD = 1e-4  # below every value lambda reaches; without it 1 / lambda^3 spikes when a dead weight revives
@@ -63,7 +63,7 @@ class Halo:
             self._channels = channels(model, groups)
             self._tensors = self._channels.tensors
         else:
-            self._tensors = tuple(conv_parameters(model))
+            self._tensors = tuple(conv_parameters(model)) or tuple(maskable(model).values())
         if self.solver == "sgd":
             self._lambda = nn.Parameter(torch.ones_like(self.sizes()))
 
@@ -96,6 +96,17 @@ class Halo:
             if self._channels is not None:
                 return self._channels.by_group(size / self._channels.elements * shrink.square())
             return self._filter_sums(size * shrink.square())
+
+    def weight_scores(self) -> dict[str, Tensor]:
+        """|w_j| * lambda_j^2 of each penalised tensor by its name; nothing at granularity `filter`."""
+        if self._model is None or self._channels is not None:
+            return {}
+        with torch.no_grad():
+            size = self.sizes()
+            worth = size * self.shrinkage(size).square()
+        names = {id(tensor): name for name, tensor in self._model.named_parameters()}
+        parts = torch.split(worth, [t.numel() for t in self._tensors])
+        return {names[id(t)]: part.view_as(t) for t, part in zip(self._tensors, parts, strict=True)}
 
     def _filter_sums(self, worth: Tensor) -> dict[str, Tensor]:
         """A value per penalised weight, added up over the filters that make each channel."""

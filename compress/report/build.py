@@ -72,9 +72,13 @@ def _network(costs: Mapping[str, Any], proof: Mapping[str, Any], measured: Mappi
 
 
 def _structure(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Widths before and after, and what could not be cut or did not come out aligned."""
+    """Widths or densities before and after, and what could not be cut or did not come out aligned."""
     prepared, widths = facts["stages"]["prepare"], facts["widths"]
+    logs = [found.get("density_log", ()) for found in facts["stages"]["sparse"]["rounds"]]
     return {
+        "granularity": facts["recipe"]["prune"].get("granularity", "filter"),
+        "density": facts.get("density", {}),
+        "density_log": [{"step": step, "layers": layers} for log in logs for step, layers in log],
         "frozen": prepared["frozen"],
         "widths": {name: {"dense": n, "pruned": widths[name]} for name, n in prepared["widths"].items()},
         "unaligned": facts["unaligned"],
@@ -94,6 +98,7 @@ def _training(stages: Mapping[str, Any]) -> dict[str, Any]:
         },
         "history": [*stages["sparse"]["history"], *recover["history"]],
         "regularizers": rounds[-1]["regularizers"],
+        "strengths": rounds[0].get("strengths", []),
     }
 
 

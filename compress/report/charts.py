@@ -109,6 +109,40 @@ def widths(report: Mapping[str, Any]) -> tuple[tuple[str, Mapping[str, int], flo
     )
 
 
+def densities(report: Mapping[str, Any]) -> tuple[tuple[str, Mapping[str, int], float, float], ...]:
+    """Per layer: name, its weights and non-zeros, length in percent (as the root of its weights), density."""
+    layers: Mapping[str, Mapping[str, int]] = report.get("density", {})
+    largest = max((layer["weights"] for layer in layers.values()), default=1)
+    return tuple(
+        (name, layer, 100 * math.sqrt(layer["weights"] / largest), layer["nonzero"] / layer["weights"])
+        for name, layer in layers.items()
+    )
+
+
+def density_over_steps(report: Mapping[str, Any]) -> Chart | None:
+    """One line for each weight tensor over the steps of sparse training; None for a method that moves no weights."""
+    log = report.get("density_log", ())
+    values = [value for entry in log for value in entry["layers"].values() if value > 0]
+    if len(log) < 2 or not values:
+        return None
+    low, high, last = min(values) / 1.25, min(1.0, max(values) * 1.25), max(log[-1]["step"], 1)
+    logarithm = _linear(math.log10(low), math.log10(high))
+
+    def point(entry: Mapping[str, Any], name: str) -> Point:
+        value = max(entry["layers"][name], low)
+        text = f"{name}, step {entry['step']}: density {figure(entry['layers'][name])}"
+        return Point(100 * entry["step"] / last, logarithm(math.log10(value)), text)
+
+    return Chart(
+        "Density per layer",
+        "log scale, over the steps of sparse training; pointing at a dot names the layer",
+        tuple(Line("", "val", (tuple(point(entry, name) for entry in log),)) for name in log[0]["layers"]),
+        tuple(Mark(logarithm(math.log10(value)), f"{value:g}") for value in log_ticks(low, high)),
+        tuple(Mark(100 * step / last, f"{step:g}") for step in ticks(0, last, 6)),
+        (),
+    )
+
+
 def ticks(low: float, high: float, wanted: int) -> list[float]:
     """About `wanted` round values (1, 2 or 5 times a power of ten apart) from low to high."""
     if not high > low:

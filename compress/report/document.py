@@ -93,6 +93,22 @@ class Width(BaseModel):
     pruned: int
 
 
+class Density(BaseModel):
+    """Weights of one layer, and how many of them are not 0."""
+
+    model_config = _FROZEN
+    weights: int
+    nonzero: int
+
+
+class Densities(BaseModel):
+    """Share of the weights that are alive, per weight tensor, at one step of a method that moves them about."""
+
+    model_config = _FROZEN
+    step: int
+    layers: dict[str, float]
+
+
 class Round(BaseModel):
     """Validation top-1 of one round, in percent: after its training, and right after its cut."""
 
@@ -121,6 +137,15 @@ class Epoch(BaseModel):
     val_top1: Figure = None
     val_loss: Figure = None
     seconds: Figure = None
+
+
+class Strength(BaseModel):
+    """What the first round's training began with."""
+
+    model_config = _FROZEN
+    name: str = Field(description="of the regulariser")
+    share: float | None = Field(description="of the task loss, that the penalty was scaled to; None: as given")
+    values: dict[str, float]
 
 
 class Input(BaseModel):
@@ -155,12 +180,18 @@ class Report(BaseModel):
     split: SplitUsed
     frozen: dict[str, str] = Field(description="group -> why it could not be cut")
     widths: dict[str, Width]
+    granularity: Literal["filter", "weight"] = Field(
+        "filter", description="weight: single weights are 0 in place, `params` leaves them out, the file is sparse"
+    )
+    density: dict[str, Density] = Field(default_factory=dict, description="per layer, at granularity weight")
+    density_log: tuple[Densities, ...] = Field((), description="of sparse training, in the order of its steps")
     unaligned: dict[str, int] = Field(description="group -> width that is no multiple of `block`")
     block: int = Field(description="channels that widths were rounded to")
     uncounted: tuple[str, ...] = Field(description="operators that are not in the MACs")
     val_top1: ValTop1
     history: tuple[Epoch, ...]
-    regularizers: tuple[dict[str, Any], ...]
+    regularizers: tuple[dict[str, Any], ...] = Field(description="numbers of each at the end of the last round")
+    strengths: tuple[Strength, ...] = Field((), description="of each penalty at the start of the first round")
     measurements: tuple[Measurement, ...] = Field(description="dense first, in the order of the files measured")
     speedups: tuple[Speedup, ...]
     conditions: dict[str, Any] = Field(description="of the measurement")

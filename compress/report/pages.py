@@ -15,14 +15,21 @@ from compress.report import charts, words
 
 _FOLDER = Path(__file__).parent
 _MARKDOWN = re.compile(r"([\\`*_\[\]|~])")
-_NAMES = ("figure", "percent", "points", "count", "speed_words", "latency_conditions", "command", "wilson")
+_NAMES = ("figure", "percent", "points", "count", "speed_words", "latency_conditions", "command", "wilson",
+          "strength_words")  # fmt: skip
 
 
 def html(report: Mapping[str, Any]) -> str:
     """report.html: one file that needs no other and asks no network; everything inserted is escaped."""
     page = _environment(autoescape=True).get_template("report.html.j2")
     spreads, axis = charts.latency(report)
-    drawn = {"training": charts.training(report), "bars": charts.widths(report), "spreads": spreads, "axis": axis}
+    drawn: dict[str, Any] = {
+        "training": charts.training(report),
+        "bars": charts.widths(report),
+        "spreads": spreads,
+        "axis": axis,
+    }
+    drawn |= {"densities": charts.densities(report), "density_chart": charts.density_over_steps(report)}
     return page.render(**_values(report), **drawn)
 
 
@@ -67,6 +74,7 @@ def _values(report: Mapping[str, Any]) -> dict[str, Any]:
         "r": {**report, **shown},
         "rows": _rows(report),
         "macs_unit": _macs(report)[0],
+        "size_unit": _size(report)[0],
         "title": _title(report),
         "limits": words.limits(report),
         "seconds": words.stage_times(report["seconds"]),
@@ -82,7 +90,7 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """The table dense -> pruned: what with its unit, dense, pruned, change."""
     dense, pruned, kept = report["dense"], report["pruned"], report["kept"]
     macs_unit, macs = _macs(report)
-    size_unit, size = words.scaled(dense["size_bytes"], pruned["size_bytes"], ("bytes", "kB", "MB", "GB"))
+    size_unit, size = _size(report)
     before, after = dense["latency_ms"], pruned["latency_ms"]
     gains = {"p50": words.speed_words(report["speedup"])}
     times = [
@@ -90,7 +98,8 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         for key in ("p50", "p90", "p99")
     ]
     return [
-        ("parameters", f"{dense['params']:,}", f"{pruned['params']:,}", f"{words.percent(kept['params'])} remain"),
+        ("parameters that are not 0" if words.is_in_place(report) else "parameters",
+         f"{dense['params']:,}", f"{pruned['params']:,}", f"{words.percent(kept['params'])} remain"),
         (f"MACs per image{f' ({macs_unit})' if macs_unit else ''}", *macs, f"{words.percent(kept['macs'])} remain"),
         (f"ONNX file ({size_unit})", *size, f"{words.percent(kept['size'])} remain"),
         (f"top-1 on {report['split']['name']} (%)", f"{dense['top1']:.2f}", f"{pruned['top1']:.2f}",
@@ -104,14 +113,19 @@ def _macs(report: Mapping[str, Any]) -> tuple[str, tuple[str, str]]:
     return words.scaled(report["dense"]["macs"], report["pruned"]["macs"], ("", "thousand", "million", "billion"))
 
 
+def _size(report: Mapping[str, Any]) -> tuple[str, tuple[str, str]]:
+    return words.scaled(report["dense"]["size_bytes"], report["pruned"]["size_bytes"], ("bytes", "kB", "MB", "GB"))
+
+
 def _front(report: Mapping[str, Any]) -> dict[str, Any]:
     """The YAML in front of a model card. The licence is left out: nothing here knows it."""
     source = report["recipe"]["data"]["source"]
     name = words.without_folder(report["arch"])
+    kind = "unstructured-pruning" if words.is_in_place(report) else "structured-pruning"
     return {
         "library_name": "onnx",
         "pipeline_tag": "image-classification",
-        "tags": list(dict.fromkeys(("onnx", "pruning", "structured-pruning", "compress-to-onnx", report["method"]))),
+        "tags": list(dict.fromkeys(("onnx", "pruning", kind, "compress-to-onnx", report["method"]))),
         **({"datasets": [source.removeprefix("hf:")]} if source.startswith("hf:") else {}),
         "metrics": ["accuracy"],
         "model-index": [
