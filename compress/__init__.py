@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from compress import regularize as regularize
     from compress.bench import benchmark as benchmark
     from compress.checkpoint import load as load
+    from compress.cost import measure as measure
     from compress.export import to_onnx as to_onnx
     from compress.groups import Group as Group
     from compress.groups import Slice as Slice
@@ -31,6 +32,7 @@ _PLACES = {
     "apply": "compress.plan:apply",
     "benchmark": "compress.bench:benchmark",
     "load": "compress.checkpoint:load",
+    "measure": "compress.cost:measure",
     "regularize": "compress.regularize:",
     "run": "compress.pipeline:run",
     "select": "compress.plan:select",

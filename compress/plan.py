@@ -136,7 +136,7 @@ def shrink(
     *,
     keep: float,
     metric: Metric = "params",
-    score: str = "l1",
+    score: str | Scores = "l1",
     round_to: int | Literal["auto"] = 8,
     batches: Batches | None = None,
 ) -> Plan:
@@ -145,19 +145,19 @@ def shrink(
     Args:
         example: one input batch (N, C, H, W).
         keep: share of `metric` that may remain, 0 < keep <= 1.
-        score: a key of SCORES.
+        score: a key of SCORES, or the scores themselves, such as a regulariser's: group name -> (size,).
         round_to: widths become multiples of this; `auto` takes this machine's vector unit and adapts to narrow layers.
         batches: pairs of images and labels, for the scores in DATA_DRIVEN; a few hundred images do.
 
     Raises:
         PruneError, TargetError, UsageError: as `trace` and `select`; the network is untouched then.
     """
-    if score not in SCORES:
+    if isinstance(score, str) and score not in SCORES:
         raise UsageError(f"no score is called {score!r}; there are {', '.join(SCORES)}")
     groups = trace(model, example)
     plan = select(
         groups,
-        SCORES[score](model, groups, batches),
+        SCORES[score](model, groups, batches) if isinstance(score, str) else score,
         measure(model, example),
         keep=keep,
         metric=metric,

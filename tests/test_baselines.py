@@ -21,7 +21,7 @@ from compress.regularize import (
     Lasso,
 )
 from tests.nets import NETS, lively
-from tests.test_regularize import channels, gradients, same, setting
+from tests.test_regularize import X, channels, gradients, same, setting
 
 BASELINES = {n: m for n, m in REGULARIZERS.items() if n not in ("halo", "ffr", "cka-sr", *SPARSE_TRAINING)}
 NORMED = [n for n in NETS if any(isinstance(m, nn.BatchNorm2d) for m in NETS[n]().modules())]
@@ -216,3 +216,41 @@ def test_nothing_stays_on_the_network(name: str) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert list(made.parameters()) == []
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_permuting_filters_permutes_a_regulariser_s_scores(name: str) -> None:
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
+    found = []
+    for moved in (False, True):
+        model, groups = setting("residual")
+        group = next(g for g in groups if g.name == "3.0.conv1")
+        with torch.no_grad():
+            for part in group.slices if moved else ():
+                tensor = model.state_dict()[part.name]
+                tensor.copy_(tensor.index_select(part.dim, order))
+        made = REGULARIZERS[name]()
+        made.attach(model, groups)
+        model.train()(X.double())
+        made.penalty()
+        found.append(made.scores()[group.name])
+        assert found[-1].std() > 0
+    assert torch.allclose(found[1], found[0][order], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_a_dead_filter_scores_lowest_and_dead_layers_stay_finite(name: str) -> None:
+    """ffr and halo too; a filter is dead when it, its norm and what reads it are zero."""
+    for dead in ([2], list(range(8))):
+        model, groups = setting("residual")
+        group = next(g for g in groups if g.name == "3.0.conv1")
+        with torch.no_grad():
+            for part in group.slices:
+                model.state_dict()[part.name].index_fill_(part.dim, torch.tensor(dead), 0)
+        made = REGULARIZERS[name]()
+        made.attach(model, groups)
+        model.train()(X.double())
+        made.penalty()
+        found = made.scores()
+        assert all(bool(values.isfinite().all()) for values in found.values())
+        assert found[group.name].min() == found[group.name][2] and (len(dead) > 1 or found[group.name].argmin() == 2)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compress.groups import Group, trace
 from compress.regularize import REGULARIZERS, SPARSE_TRAINING, Ffr, Halo
-from compress.regularize.features import feature_modules
+from compress.regularize.features import feature_modules, head
 from compress.regularize.halo import GUARD
 from tests.nets import NETS, Wrapped, lively
 
@@ -97,6 +97,38 @@ def test_halo_by_weight(name: str) -> None:
     assert float(halo.penalty().detach()) == pytest.approx(float(wanted.detach()), rel=1e-10)
     assert same(mine, gradients(model, wanted))
     assert torch.allclose(mine_shrink, free.grad, rtol=1e-10)
+
+
+@pytest.mark.parametrize("solver", ["closed-form", "sgd"])
+def test_halo_by_weight_is_the_same_in_any_memory_format(solver: str) -> None:
+    """Lambda lies in memory as the weights do when attached; what is saved has the order of the axes."""
+    found, states = [], []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model, groups = setting("residual")
+        model.to(memory_format=layout)
+        halo = Halo(xi=1e-3, psi=1e-2, granularity="weight", solver=solver)
+        halo.attach(model, groups)
+        if solver == "sgd":
+            size = halo.sizes()
+            halo.load_state_dict({"xi": 1e-3, "psi": 1e-2, "lambda": 0.5 + size})
+        model.to(memory_format=torch.channels_last)  # also one that changes after it was attached
+        value = halo.penalty()
+        found.append({**gradients(model, value), "value": value.detach()})
+        states.append([halo.shrinkage(halo.sizes()), *halo.scores().values()])
+    assert same(found[0], found[1])
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=0) for a, b in zip(*states, strict=True))
+
+
+def test_the_head_of_a_feature_has_the_slice_s_gradient_in_the_feature_s_format() -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = X.clone().to(memory_format=layout).requires_grad_()
+        (grad,) = torch.autograd.grad(head(x, 2).square().sum(), x)
+        (wanted,) = torch.autograd.grad(x[:2].square().sum(), x)
+        assert torch.equal(grad, wanted) and grad.stride() == x.stride()
+    hidden = 2 * x
+    first = head(hidden, 2)
+    hidden.relu_()  # what follows may change the feature: the copy is of the feature as it was
+    assert torch.equal(first, 2 * x[:2]) and head(hidden, None) is hidden
 
 
 def test_halo_sgd_settles_at_the_closed_form_and_without_decay_nowhere() -> None:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import compress
 from compress import cost, shrink
-from compress.errors import UsageError
+from compress.errors import PruneError, UsageError
 from compress.groups import Group, trace
 from compress.pipeline import dry_run
 from compress.recipe import Recipe
@@ -280,6 +281,17 @@ def test_shrink_takes_batches() -> None:
     assert cost.measure(model, X[:1]).total("params") == sum(p.numel() for p in model.parameters())
     plan = shrink(model, X[:1], keep=0.5, score="taylor", round_to=1, batches=islice(iter(batches(3)), 1))
     assert plan.reached <= 0.5
+
+
+def test_shrink_takes_scores_and_measure_is_public() -> None:
+    model, twin = chain(width=16).float(), chain(width=16).float()
+    groups = trace(model, X[:1])
+    before = compress.measure(model, X[:1]).total("params")
+    plan = shrink(model, X[:1], keep=0.5, score=SCORES["l2"](model, groups, None), round_to=1)
+    assert plan == shrink(twin, X[:1], keep=0.5, score="l2", round_to=1)
+    assert compress.measure(model, X[:1]).total("params") <= 0.5 * before
+    with pytest.raises(PruneError, match="no scores of shape"):
+        shrink(model, X[:1], keep=0.5, score={})
 
 
 def test_a_dry_run_without_data_ranks_by_l2() -> None:

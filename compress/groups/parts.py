@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from compress.groups.types import Group, Slice
@@ -33,6 +34,17 @@ def rows(tensor: Tensor, part: Slice, size: int) -> Tensor:
     """All elements of one tensor that belong to each channel: -> (size, elements per channel)."""
     held = tensor.movedim(part.dim, 0)[part.offset : part.offset + size * part.block]
     return held.reshape(size, -1)
+
+
+def layer_mean(found: Iterable[Tensor], size: int) -> Tensor:
+    """Values (size,) of a group's layers, each in units of its mean, averaged: float32 on the CPU, ones for none."""
+    total, count = torch.zeros(size, dtype=torch.float64), 0
+    for values in found:
+        values = values.detach().double().cpu()
+        mean = values.mean()
+        total += values / mean if mean > 0 else values
+        count += 1
+    return (total / count if count else torch.ones(size)).float()
 
 
 def scales(model: nn.Module, group: Group) -> Iterator[tuple[str, Tensor]]:

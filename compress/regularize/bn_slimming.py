@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from compress.errors import UsageError
 from compress.groups import Group
-from compress.groups.parts import scales
-from compress.regularize.channels import filter_sizes, layer_mean
+from compress.groups.parts import layer_mean, scales
+from compress.regularize.channels import filter_sizes
 from compress.regularize.closed import closed
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.groups import Group, Slice
-from compress.groups.parts import rows, weights
+from compress.groups.parts import layer_mean, rows, weights
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,3 @@ def filter_sizes(model: nn.Module, group: Group) -> Tensor:
     """sum |w| of each of the group's filters, in units of its layer's mean, averaged over the layers: (size,)."""
     found = [rows(tensor.detach(), part, group.size).abs().sum(1) for part, tensor in weights(model, group)]
     return layer_mean(found, group.size)
-
-
-def layer_mean(found: Sequence[Tensor], size: int) -> Tensor:
-    """Values (size,) of a group's layers, each in units of its mean, averaged: float32 on the CPU, ones for none."""
-    if not found:
-        return torch.ones(size)
-    stacked = torch.stack([values.detach().double().cpu() for values in found])
-    mean = stacked.mean(1, keepdim=True)
-    return (stacked / torch.where(mean > 0, mean, 1.0)).mean(0).float()

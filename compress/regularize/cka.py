@@ -25,11 +25,14 @@ def gram(features: Tensor) -> Tensor:
 def channel_grams(features: Tensor, axis: int) -> Tensor:
     """The Gram matrix of every channel alone; they add up to `gram`: (n, ...) -> (C, n, n) float64, no gradient.
 
-    axis: that of the channels.
+    axis: that of the channels. Products of float32 and narrower features are summed in float32 (ours: they serve the
+    score, whose differences are far above that rounding, and were most of the method's time in float64).
     """
-    rows = features.detach().movedim(axis, 0)
-    rows = rows.reshape(*rows.shape[:2], -1).double()  # (C, n, positions)
-    return rows @ rows.transpose(1, 2)
+    wide = torch.promote_types(features.dtype, torch.float32)
+    rows = features.detach().movedim(axis, 0).to(wide, memory_format=torch.contiguous_format)
+    rows = rows.flatten(2) if rows.dim() > 2 else rows.unsqueeze(2)  # (C, n, positions)
+    with torch.autocast(rows.device.type, enabled=False):
+        return (rows @ rows.transpose(1, 2)).double()
 
 
 def centred(grams: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from compress.errors import UsageError
 from compress.groups import Group, Slice
 from compress.groups.parts import weights
 from compress.regularize.cka import LEAST, centred, channel_grams, cka, gram, leave_one_out
-from compress.regularize.features import feature_modules
+from compress.regularize.features import feature_modules, head
 
 MEMORY = 10  # observations over which the score is averaged (ours): one has the spread of 16 images
 
@@ -25,6 +25,7 @@ class _Seen:
     """A tensor met in the forward pass: a feature, or (with a reader) the input of a layer that reads channels."""
 
     values: Tensor
+    head: Tensor  # its first images
     reader: nn.Module | None = None
 
 
@@ -90,14 +91,14 @@ class CkaSr:
         if not self._is_due():
             return torch.zeros(())
         seen, self._seen = self._seen, []
-        features = [at.values for at in seen if at.reader is None]
+        features = [at.head for at in seen if at.reader is None]
         if not features:
             raise RuntimeError("no features: call penalty() after a forward pass in training mode")
         if len(features[0]) < LEAST:
             raise UsageError(
                 f"cka-sr needs at least {LEAST} images in a batch, this one has {len(features[0])}: drop the last batch"
             )
-        rows = [centred(gram(x[: self.samples])) for x in features]
+        rows = [centred(gram(x)) for x in features]
         stages = _stages(features)
         pairs = [cka(torch.stack([rows[i] for i in stage])).triu(1).sum() for stage in stages if len(stage) > 1]
         if not pairs:
@@ -156,11 +157,11 @@ class CkaSr:
 
     def _record(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if module.training and self._is_due() and torch.is_grad_enabled() and isinstance(output, Tensor):
-            self._seen.append(_Seen(output))
+            self._seen.append(_Seen(output, head(output, self.samples)))
 
     def _read(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if module.training and self._is_due() and torch.is_grad_enabled() and inputs and isinstance(inputs[0], Tensor):
-            self._seen.append(_Seen(inputs[0], module))
+            self._seen.append(_Seen(inputs[0], inputs[0].detach()[: self.samples], module))
 
     def _look(self, seen: Sequence[_Seen], rows: Sequence[Tensor], stages: Sequence[Sequence[int]]) -> None:
         """Take one observation of the score into the average."""
@@ -174,7 +175,7 @@ class CkaSr:
                 continue
             place = next((i for i, x in enumerate(features) if x is at.values), None)
             others = _others(min(before, len(features) - 1) if place is None else place, place, stages, rows)
-            parts = channel_grams(at.values[: self.samples], -1 if isinstance(at.reader, nn.Linear) else 1)
+            parts = channel_grams(at.head, -1 if isinstance(at.reader, nn.Linear) else 1)
             whole = centred(parts.sum(0))
             for group, part in self._readers[at.reader]:
                 # several layers may read one tensor: it counts once

@@ -1,8 +1,11 @@
-"""Where a network's features are: the outputs of its residual blocks, or of its activations."""
+"""Where a network's features are: the outputs of its residual blocks, or of its activations; and their first images."""
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Mish)
 
@@ -23,3 +26,30 @@ def feature_modules(model: nn.Module) -> dict[str, nn.Module]:
             return outer
         blocks = {path: block for path, block in blocks.items() if path not in outer}
     return {path: module for path, module in model.named_modules() if isinstance(module, ACTIVATIONS)}
+
+
+def head(feature: Tensor, samples: int | None) -> Tensor:
+    """A copy of the first `samples` images of a feature (None: all of it, no copy), differentiable.
+
+    Its gradient comes back in the feature's own memory format: that of a plain slice is contiguous, and adding it to
+    the gradient of a channels-last network takes several times as long. The copy is there so that what follows may
+    change the feature in place.
+    """
+    if samples is None or samples >= len(feature):
+        return feature
+    found: Tensor = _Head.apply(feature, samples)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, feature: Tensor, samples: int) -> Tensor:
+        ctx.shape, ctx.strides = feature.shape, torch.empty_like(feature, device="meta").stride()
+        return feature[:samples].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        whole = grads[0].new_empty_strided(ctx.shape, ctx.strides)
+        whole[: len(grads[0])] = grads[0]
+        whole[len(grads[0]) :] = 0
+        return whole, None

@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from compress.groups import Group
 from compress.groups.parts import norm_behind, rows, weights
-from compress.regularize.features import ACTIVATIONS, feature_modules
+from compress.regularize.closed import closed
+from compress.regularize.features import ACTIVATIONS, feature_modules, head
 from compress.regularize.flow import Flow
 
 
@@ -57,7 +58,8 @@ class Ffr:
         self.norm, self.curvature, self.align, self.samples = norm, curvature, align, samples
         self.score, self.period = score, period
         self._flow: Flow | None = None
-        self._features: list[Tensor] = []
+        self._features: list[Tensor] = []  # of the samples
+        self._whole: list[Tensor] = []  # the same of all images, as the layers behind read them, for the flow
         self._last: Tensor | None = None  # the newest output, to know when a block starts from something else
         self._handles: list[RemovableHandle] = []
         self._model: nn.Module | None = None
@@ -69,7 +71,7 @@ class Ffr:
         watched = feature_modules(model)
         if not watched:
             raise ValueError("the network has neither residual blocks in a sequence nor activation modules to watch")
-        self._handles = [model.register_forward_pre_hook(lambda module, inputs: self._features.clear())]
+        self._handles = [model.register_forward_pre_hook(lambda module, inputs: self._forget())]
         self._handles += [module.register_forward_hook(self._record) for module in watched.values()]
         if self.score == "flow":
             self._flow = Flow(model, groups, samples=self.samples, period=self.period)
@@ -82,14 +84,12 @@ class Ffr:
         if not self._features:
             raise RuntimeError("no features: call penalty() after a forward pass in training mode")
         if self._flow is not None:
-            self._flow.look(self._features)
-        segments = self.segments([feature[: self.samples] for feature in self._features])
-        self._features, self._last = [], None
-        lengths = [self._mean([self._size(b - a) for a, b in _pairs(x)]) for x in segments]
-        bends = [
-            self._mean([self._bend(*at) for at in zip(x, x[1:], x[2:], strict=False)]) for x in segments if len(x) > 2
-        ]
-        return self.k1 * self._mean(lengths) + self.k2 * self._mean(bends)
+            self._flow.look(self._whole)
+        segments = self.segments(self._features)
+        self._forget()
+        bent = sum(len(x) > 2 for x in segments)
+        parts = [self._segment(x, self.k1 / len(segments), self.k2 / max(bent, 1)) for x in segments]
+        return torch.stack(parts).sum() if parts else torch.zeros(())
 
     def segments(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
         """Maximal runs, of two or more, of features of equal shape; one run after `pad` alignment."""
@@ -140,7 +140,8 @@ class Ffr:
         if self._flow is not None:
             self._flow.detach()
         self._flow = None
-        self._handles, self._features, self._last, self._groups, self._model = [], [], None, (), None
+        self._forget()
+        self._handles, self._groups, self._model = [], (), None
 
     def scale_penalty(self, factor: float) -> None:
         self.k1 *= factor
@@ -162,26 +163,64 @@ class Ffr:
         entered = inputs[0] if inputs else None
         starts_run = entered is not self._last and not isinstance(module, ACTIVATIONS)
         if starts_run and isinstance(entered, Tensor) and entered.shape == output.shape:
-            self._features.append(entered)
-        self._features.append(output)
+            self._note(entered)
+        self._note(output)
         self._last = output
 
-    def _mean(self, values: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(values)).mean() if values else torch.zeros(())
+    def _note(self, feature: Tensor) -> None:
+        self._features.append(head(feature, self.samples))
+        if self._flow is not None:
+            self._whole.append(feature)
 
-    def _size(self, difference: Tensor) -> Tensor:
-        flat = difference.to(torch.promote_types(difference.dtype, torch.float32))
-        return flat.abs().mean() if self.norm == "l1" else flat.square().mean()
+    def _forget(self) -> None:
+        self._features, self._whole, self._last = [], [], None
 
-    def _bend(self, before: Tensor, here: Tensor, after: Tensor) -> Tensor:
+    def _segment(self, x: Sequence[Tensor], length: float, bend: float) -> Tensor:
+        """length * mean_l m(x_{l+1} - x_l) + bend * mean_l of the curvature, over one segment of two or more."""
         if self.curvature == "second-difference":
-            return self._size(after - 2 * here + before)
-        cosine = F.cosine_similarity((after - here).flatten(1), (here - before).flatten(1))
-        return (1 - cosine).mean()
+            return _straightness(x, length, bend, is_l1=self.norm == "l1")
+        total = _straightness(x, length, 0.0, is_l1=self.norm == "l1")
+        angles = [
+            (1 - F.cosine_similarity((c - b).flatten(1), (b - a).flatten(1))).mean()
+            for a, b, c in zip(x, x[1:], x[2:], strict=False)
+        ]
+        return total + bend * torch.stack(angles).mean() if angles else total
 
 
-def _pairs(run: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
-    return pairwise(run)
+def _straightness(x: Sequence[Tensor], length: float, bend: float, *, is_l1: bool) -> Tensor:
+    """length * mean_l m(d_l) + bend * mean_l m(d_{l+1} - d_l), d_l = x_{l+1} - x_l, its gradient written out.
+
+    With s_l and t_l the slopes of the two terms: d / d d_l = s_l + t_{l-1} - t_l, and d / d x_l = that of l-1 minus
+    that of l. Autograd would keep and pass several times as many tensors.
+    """
+    first = [b - a for a, b in pairwise(v.detach() for v in x)]
+    second = [b - a for a, b in pairwise(first)] if bend else []
+    value = length * _mean_size(first, is_l1=is_l1)
+    if second:
+        value = value + bend * _mean_size(second, is_l1=is_l1)
+
+    def slopes(grad: Tensor) -> list[Tensor]:
+        own = [_slope(d, grad * length / len(first), is_l1=is_l1) for d in first]
+        for at, e in enumerate(second):
+            turn = _slope(e, grad * bend / len(second), is_l1=is_l1)
+            own[at] -= turn
+            own[at + 1] += turn
+        return [-own[0], *(a - b for a, b in pairwise(own)), own[-1]]
+
+    return closed(value, slopes, x)
+
+
+def _mean_size(differences: Sequence[Tensor], *, is_l1: bool) -> Tensor:
+    """mean_l m(v_l), m(v) = mean |v| or mean v^2, in float32 at least."""
+    wide = torch.promote_types(differences[0].dtype, torch.float32)
+    sizes = [(v.abs() if is_l1 else v.to(wide).square()).mean(dtype=wide) for v in differences]
+    return torch.stack(sizes).mean()
+
+
+def _slope(difference: Tensor, scale: Tensor, *, is_l1: bool) -> Tensor:
+    """scale * m'(v)."""
+    factor = scale / difference.numel()
+    return difference.sign().mul_(factor) if is_l1 else difference * (2 * factor)
 
 
 def _fit(feature: Tensor, like: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ class Halo:
         self._groups: tuple[Group, ...] = ()
         self._model: nn.Module | None = None
         self._lambda: nn.Parameter | None = None
+        self._orders: list[tuple[int, ...]] = []  # axes of each tensor as they lie in memory when attached (weight)
 
     def attach(self, model: nn.Module, groups: Sequence[Group]) -> None:
         """Hold the penalised parameters of `model`; `groups` say which weights belong to a channel."""
@@ -64,6 +65,7 @@ class Halo:
             self._tensors = self._channels.tensors
         else:
             self._tensors = tuple(conv_parameters(model)) or tuple(maskable(model).values())
+            self._orders = [_order(t) for t in self._tensors]
         if self.solver == "sgd":
             self._lambda = nn.Parameter(torch.ones_like(self.sizes()))
 
@@ -72,13 +74,9 @@ class Halo:
 
     def penalty(self) -> Tensor:
         """The two terms, shape (), differentiable in the weights and (`sgd`) in lambda, gradients in closed form."""
-        size = self.sizes()
-        shrink = self.shrinkage(size)
-        value = self.xi * (size / shrink.square()).sum()
-        if self._lambda is None:
-            return closed(value, lambda grad: self._slopes(grad, size, shrink), self._tensors)
-        value = value + self.psi * (shrink.abs().sum() - self.target).abs()
-        return closed(value, lambda grad: self._slopes(grad, size, shrink), (self._lambda, *self._tensors))
+        if self._channels is not None:
+            return self._by_channel(self._channels)
+        return self._by_weight() if self._lambda is None else self._by_weight_and_lambda(self._lambda)
 
     def after_step(self) -> None:
         if self._lambda is not None:
@@ -123,7 +121,8 @@ class Halo:
         return found
 
     def detach(self) -> None:
-        self._tensors, self._channels, self._groups, self._model, self._lambda = (), None, (), None, None
+        self._tensors, self._channels, self._groups, self._model = (), None, (), None
+        self._lambda, self._orders = None, []
 
     def scale_penalty(self, factor: float) -> None:
         """Multiply the first term by `factor`; it grows with sqrt(xi) when lambda follows xi."""
@@ -134,14 +133,19 @@ class Halo:
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"xi": self.xi, "psi": self.psi}
         if self._lambda is not None:
-            state["lambda"] = self._lambda.detach().clone()
+            state["lambda"] = self.shrinkage(self._lambda).clone()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.xi, self.psi = float(state["xi"]), float(state["psi"])
         if self._lambda is not None:
             with torch.no_grad():
-                self._lambda.copy_(state["lambda"])
+                if self._channels is not None:
+                    self._lambda.copy_(state["lambda"])
+                    return
+                kept = torch.split(state["lambda"], [t.numel() for t in self._tensors])
+                for own, values in zip(self._laid(self._lambda), kept, strict=True):
+                    own.copy_(values.view(own.shape))
 
     def sizes(self) -> Tensor:
         """u: |w_j| for every parameter, or sqrt(n_g) * ||w_g||_2 for every channel, as one vector without gradient."""
@@ -150,21 +154,74 @@ class Halo:
         return (self._channels.squares() * self._channels.elements).sqrt_()
 
     def shrinkage(self, size: Tensor) -> Tensor:
-        """lambda: the trained one, or its equilibrium (2 xi u / decay)^(1/4) at u = `size`."""
+        """lambda in the order of `sizes`: the trained one, or its equilibrium (2 xi u / decay)^(1/4) at u = `size`."""
         if self._lambda is not None:
-            return self._lambda.detach()
+            trained = self._lambda.detach()
+            return trained if self._channels is not None else torch.cat([o.flatten() for o in self._laid(trained)])
         return (2 * self.xi / self.lambda_weight_decay * size).pow(0.25).clamp_(min=GUARD)
 
-    def _slopes(self, grad: Tensor, size: Tensor, shrink: Tensor) -> list[Tensor]:
-        """The penalty's gradient, times `grad`: in lambda, if it is trained, then in each penalised tensor."""
-        own: list[Tensor] = []
-        if self._lambda is not None:
-            above = torch.sign(shrink.abs().sum() - self.target) * torch.sign(shrink)
-            own.append(grad * (-2 * self.xi * size / shrink.pow(3) + self.psi * above))
-        pull = grad * self.xi / shrink.square()  # d value / d u
-        if self._channels is not None:  # u = sqrt(n) ||w||, d u / d w = n w / u
-            return own + self._channels.pull(
-                torch.where(size > 0, pull * self._channels.elements / size.clamp(min=1e-30), 0.0)
-            )
-        parts = torch.split(pull, [t.numel() for t in self._tensors])
-        return own + [part.view_as(t) * t.detach().sign() for t, part in zip(self._tensors, parts, strict=True)]
+    def _by_channel(self, held: Channels) -> Tensor:
+        size = self.sizes()
+        shrink = self.shrinkage(size)
+        value = self.xi * (size / shrink.square()).sum()
+        total = shrink.abs().sum() - self.target
+
+        def slopes(grad: Tensor) -> list[Tensor]:
+            slope = held.elements / size.clamp(min=1e-30)  # u = sqrt(n) ||w||: d u / d w = n w / u
+            pull = held.pull(torch.where(size > 0, grad * self.xi / shrink.square() * slope, 0.0))
+            if self._lambda is None:
+                return pull
+            own = self.psi * torch.sign(total) * torch.sign(shrink) - 2 * self.xi * size / shrink.pow(3)
+            return [own.mul_(grad), *pull]
+
+        if self._lambda is None:
+            return closed(value, slopes, held.tensors)
+        return closed(value + self.psi * total.abs(), slopes, (self._lambda, *held.tensors))
+
+    # By weight, there are as many sizes and lambdas as weights. What follows goes through them tensor by tensor, so
+    # that no vector of them all is made, and in the tensors' own memory format: mixing two takes several times as long.
+
+    def _by_weight(self) -> Tensor:
+        factor = 2 * self.xi / self.lambda_weight_decay
+
+        def squares(weight: Tensor) -> Tensor:  # lambda^2 at its equilibrium
+            return weight.abs().mul_(factor).sqrt_().clamp_(min=GUARD**2)
+
+        def slopes(grad: Tensor) -> list[Tensor]:
+            return [w.sign().mul_(grad * self.xi).div_(squares(w)) for w in held]
+
+        held = [tensor.detach() for tensor in self._tensors]
+        value = self.xi * torch.stack([w.abs().div_(squares(w)).sum() for w in held]).sum()
+        return closed(value, slopes, self._tensors)
+
+    def _by_weight_and_lambda(self, trained: nn.Parameter) -> Tensor:
+        held = [(t.detach(), own) for t, own in zip(self._tensors, self._laid(trained.detach()), strict=True)]
+        value = self.xi * torch.stack([w.abs().div_(own).div_(own).sum() for w, own in held]).sum()
+        total = torch.stack([own.abs().sum() for _, own in held]).sum() - self.target
+        above = self.psi * torch.sign(total)
+
+        def slopes(grad: Tensor) -> list[Tensor]:
+            steep, pulls = torch.empty_like(trained), []
+            for (w, own), into in zip(held, self._laid(steep), strict=True):
+                pull = w.sign().mul_(grad * self.xi).div_(own).div_(own)
+                into.copy_(
+                    own.sign().mul_(above * grad).sub_((w * pull).div_(own), alpha=2)
+                )  # w * pull = xi |w| / lambda^2
+                pulls.append(pull)
+            return [steep, *pulls]
+
+        return closed(value + self.psi * total.abs(), slopes, (trained, *self._tensors))
+
+    def _laid(self, flat: Tensor) -> list[Tensor]:
+        """A vector of values per weight as views of the tensors' shapes and, as attached, their memory formats."""
+        parts = torch.split(flat, [t.numel() for t in self._tensors])
+        return [
+            part.view([t.shape[axis] for axis in order]).permute([order.index(axis) for axis in range(t.dim())])
+            for part, t, order in zip(parts, self._tensors, self._orders, strict=True)
+        ]
+
+
+def _order(tensor: Tensor) -> tuple[int, ...]:
+    """The tensor's axes, the one with the longest step in memory first."""
+    steps = tensor.stride()
+    return tuple(sorted(range(tensor.dim()), key=lambda axis: -steps[axis]))

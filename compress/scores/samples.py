@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from compress.errors import UsageError
 from compress.groups import Group, Slice
-from compress.groups.parts import rows, weights
-from compress.scores.layers import Batches, Scores, average
+from compress.groups.parts import layer_mean, rows, weights
+from compress.scores.layers import Batches, Scores
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits (N, classes), labels (N,) -> (), the mean over the images
 IMAGES = 256  # single images that `hessian` and `obd_c` go through (ours): seconds for a CIFAR network on two cores
@@ -106,7 +106,7 @@ def activation(model: nn.Module, groups: Sequence[Group], batches: Batches | Non
     finally:
         for handle in handles:
             handle.remove()
-    return {g.name: average([v for (name, _), v in sums.items() if name == g.name], g.size) for g in groups}
+    return {g.name: layer_mean([v for (name, _), v in sums.items() if name == g.name], g.size) for g in groups}
 
 
 Held = list[tuple[Group, Slice, Tensor]]  # every layer that makes a group's channels
@@ -143,7 +143,7 @@ def _by_group(groups: Sequence[Group], held: Held, values: Sequence[Tensor]) -> 
     of: dict[str, list[Tensor]] = {group.name: [] for group in groups}
     for (group, *_), value in zip(held, values, strict=True):
         of[group.name].append(value)
-    return {group.name: average(of[group.name], group.size) for group in groups}
+    return {group.name: layer_mean(of[group.name], group.size) for group in groups}
 
 
 def _first(batches: Batches, images: int) -> Iterator[tuple[Tensor, Tensor]]:

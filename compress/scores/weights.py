@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.groups import Group
-from compress.groups.parts import rows, scales, weights
-from compress.scores.layers import Batches, Scores, average, by_filter
+from compress.groups.parts import layer_mean, rows, scales, weights
+from compress.scores.layers import Batches, Scores, by_filter
 
 
 def l1(model: nn.Module, groups: Sequence[Group], batches: Batches | None = None) -> Scores:
@@ -28,7 +28,7 @@ def bn_scale(model: nn.Module, groups: Sequence[Group], batches: Batches | None 
     A group without any norm falls back to `l1`.
     """
     return {
-        group.name: average(
+        group.name: layer_mean(
             [scale.abs() for _, scale in scales(model, group)]
             or [rows(tensor, part, group.size).abs().sum(1) for part, tensor in weights(model, group)],
             group.size,
