@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from compress.cli import options, view
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compress.fit import Fitted
+
+Text = Optional[str]  # noqa: UP045  typer reads annotations at run time
+Number = Optional[float]  # noqa: UP045
 
 
 def train(
@@ -21,6 +29,18 @@ def train(
         Path | None, typer.Option("--init", help="Start from these weights instead of from scratch")
     ] = None,
     arch_arg: options.ArchArg = None,
+    method: Annotated[
+        Text, typer.Option("--method", help="A regulariser, e.g. ggr for sparse training: see `compress methods`")
+    ] = None,
+    density: Annotated[
+        Number, typer.Option("--density", help="Share of the convolution weights that live, for ggr, rigl, set, ...")
+    ] = None,
+    regularize: Annotated[
+        list[str] | None, typer.Option("--regularize", help="A further regulariser; may repeat")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A regulariser's option: ggr.interval=50")
+    ] = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1)] = 60,
     lr: Annotated[float, typer.Option("--lr", help="Peak rate of SGD, for batch 128")] = 0.1,
     batch_size: Annotated[int, typer.Option("--batch-size", min=2)] = 128,
@@ -50,12 +70,14 @@ def train(
     from compress.errors import UsageError
     from compress.fit import fit
     from compress.pipeline import Event
+    from compress.recipe import PrunePart
     from compress.train import Settings
 
     if out.suffix not in (".pt", ".safetensors"):
         raise UsageError(f"--out {out} must end in .pt or .safetensors")
     if out.exists() and not force:
         raise UsageError(f"{out} exists already; choose another --out or give --force")
+    given = _regularizers([*([method] if method else []), *(regularize or [])], density, set_ or [])
     arch_args = architectures.parse_arch_args(arch_arg or [])
     loaded = load_data(data, image_size=image_size, seed=seed)
     if init is not None:
@@ -66,25 +88,81 @@ def train(
         built = architectures.resolve(arch, {**defaults, **arch_args}, None)
         model = built.model
         info = ModelInfo(arch=built.name, arch_kwargs=built.kwargs, mean=built.mean, std=built.std)
-    settings = Settings(epochs=epochs, lr=lr, label_smoothing=label_smoothing, keep_best=True, seed=seed)
+    settings = Settings(
+        epochs=epochs, lr=lr, label_smoothing=label_smoothing, keep_best=True, seed=seed,
+        penalty_share=PrunePart().penalty_share,
+    )  # fmt: skip
     state = out.with_suffix(".state")
     if not resume:
         state.unlink(missing_ok=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     with view.Live() as live:
         fitted = fit(
-            model, info, loaded, settings, batch_size=batch_size, device=device, state=state,
+            model, info, loaded, settings, batch_size=batch_size, device=device, regularize=given, state=state,
             on_progress=lambda progress: live.show(Event("train", progress=progress)),
         )  # fmt: skip
     save = checkpoint.save_pt if out.suffix == ".pt" else checkpoint.save
-    origin = {"top1": fitted.top1, "split": fitted.split, "epochs": epochs, "seed": seed, "lr": lr}
+    origin: dict[str, Any] = {"top1": fitted.top1, "split": fitted.split, "epochs": epochs, "seed": seed, "lr": lr}
+    if given:
+        origin["regularize"] = {name: dict(own) for name, own in given.items()}
     save(out, model, fitted.info.model_copy(update={"origin": {**fitted.info.origin, **origin}}))
     state.unlink(missing_ok=True)
+    sparse = _sparsity(model, fitted)
     view.note(
         f"{out}: top-1 {fitted.top1:.2f} % on {fitted.split}, "
-        f"best validation epoch {fitted.outcome.best_epoch + 1} of {epochs}"
+        f"best validation epoch {fitted.outcome.best_epoch + 1} of {epochs}" + _words(sparse)
     )
     if as_json:
-        view.document(
-            {"out": str(out), "top1": fitted.top1, "split": fitted.split, "val_top1": fitted.outcome.best_top1}
-        )
+        best = {"top1": fitted.top1, "split": fitted.split, "val_top1": fitted.outcome.best_top1}
+        view.document({"out": str(out), **best, **sparse})
+
+
+def _regularizers(names: list[str], density: float | None, overrides: list[str]) -> dict[str, dict[str, Any]]:
+    """The regularisers named, each with what --density and --set give it."""
+    from compress.errors import UsageError
+    from compress.recipe import override
+    from compress.regularize import REGULARIZERS, SPARSE_TRAINING
+
+    for name in names:
+        if name not in REGULARIZERS:
+            raise UsageError(f"{name} is no regulariser; there are {', '.join(REGULARIZERS)}: see `compress methods`")
+        if names.count(name) > 1:
+            raise UsageError(f"{name} takes part already; name each regulariser once")
+    thinning = [name for name in names if name in SPARSE_TRAINING]
+    if density is not None and not thinning:
+        raise UsageError(f"--density {density} needs a --method that holds it: {', '.join(sorted(SPARSE_TRAINING))}")
+    found: dict[str, Any] = {name: {} for name in names}
+    for text in overrides:
+        override(found, text, like="regulariser.option=value, e.g. ggr.interval=50")
+    strangers = [name for name in found if name not in names]
+    if strangers:
+        raise UsageError(f"--set names {strangers[0]!r}, which takes no part; there are {', '.join(names) or 'none'}")
+    if density is not None:
+        found[thinning[0]]["density"] = density
+    return found
+
+
+def _sparsity(model: nn.Module, fitted: Fitted) -> dict[str, Any]:
+    """What is left of the weights that were thinned: in all, per layer, and how often their places changed."""
+    if not fitted.density:
+        return {}
+    weights = {name: tensor for name, tensor in model.named_parameters() if name in fitted.density}
+    nonzero = sum(int(tensor.count_nonzero()) for tensor in weights.values())
+    of = sum(tensor.numel() for tensor in weights.values())
+    return {
+        "nonzero": nonzero,
+        "of": of,
+        "density": nonzero / of,
+        "layers": dict(fitted.density),
+        "density_log": [[step, dict(layers)] for step, layers in fitted.density_log],
+    }
+
+
+def _words(sparse: dict[str, Any]) -> str:
+    if not sparse:
+        return ""
+    changes = len(sparse["density_log"]) - 1
+    return (
+        f"; density {sparse['density']:.4g}: {sparse['nonzero']:,} of {sparse['of']:,} weights, "
+        f"whose places changed {changes} times"
+    )

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
 
 from compress import data, train
 from compress.checkpoint import ModelInfo
+from compress.errors import PruneError
+from compress.groups import Group, trace
+from compress.regularize import SPARSE_TRAINING, Regularizer
+from compress.regularize.make import make
+from compress.regularize.masks import Masks
+
+Options = Mapping[str, Mapping[str, Any]]  # a regulariser's name -> what its constructor is given
+Log = Sequence[tuple[int, Mapping[str, float]]]  # (step, name -> density)
+NONE: Options = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,8 @@ class Fitted:
     outcome: train.Outcome
     top1: float
     split: str
+    density: Mapping[str, float] = field(default_factory=dict)  # of what a mask thinned: name -> share that is not 0
+    density_log: Log = ()  # the same at the start and after every change of the topology
 
 
 def fit(
@@ -33,6 +46,7 @@ def fit(
     augment: data.Augment | None = None,
     device: str = "auto",
     precision: str = "auto",
+    regularize: Options = NONE,
     state: Path | None = None,
     on_progress: Callable[[train.Progress], None] = lambda progress: None,
 ) -> Fitted:
@@ -40,6 +54,8 @@ def fit(
 
     Args:
         info: what is known of the network; data set, labels and normalisation are filled in.
+        regularize: what takes part in the training; `steps` is filled in. Penalties are calibrated to
+            `settings.penalty_share`, save those whose strength is given.
         state: file that is written after every epoch and from which an interrupted training goes on.
     """
     accelerator = train.accelerator(device, precision)
@@ -58,19 +74,62 @@ def fit(
             device=accelerator.device,
         )
 
-    outcome = train.finetune(
-        model,
-        loader(loaded.train, training=True),
-        loader(loaded.val),
-        settings,
-        device=accelerator,
-        state=state,
-        on_progress=on_progress,
-    )
+    training, val = loader(loaded.train, training=True), loader(loaded.val)
+    groups = () if regularize.keys() <= SPARSE_TRAINING else trace(model, next(iter(val))[0][:1].cpu())
+    model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    regularizers = make(regularize, {"steps": settings.epochs * len(training)})
+    try:
+        fixed = _attach(model, groups, regularize, regularizers)
+        outcome = train.finetune(
+            model, training, val, replace(settings, fixed=settings.fixed | fixed),
+            device=accelerator, regularizers=regularizers, state=state, on_progress=on_progress,
+        )  # fmt: skip
+        density, log = _densities(regularizers)
+    finally:
+        for regularizer in regularizers:
+            regularizer.detach()
     split, name = (loaded.test, "test") if loaded.test is not None else (loaded.val, "val")
     top1, _ = train.evaluate(model, loader(split), device=accelerator)
     model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return Fitted(completed, outcome, top1, name)
+    return Fitted(completed, outcome, top1, name, density, log)
+
+
+def _attach(
+    model: nn.Module, groups: Sequence[Group], regularize: Options, regularizers: Sequence[Regularizer]
+) -> frozenset[int]:
+    """Attach all. Returns: the places of those whose strength is given, or that have none.
+
+    Raises:
+        PruneError: one finds nothing to work on.
+    """
+    for name, regularizer in zip(regularize, regularizers, strict=True):
+        try:
+            regularizer.attach(model, groups)
+        except ValueError as error:
+            raise PruneError(f"{name} cannot watch this network: {error}") from error
+    states = [train.numbers(regularizer.state_dict()) for regularizer in regularizers]
+    return frozenset(
+        place
+        for place, (name, options) in enumerate(regularize.items())
+        if name in SPARSE_TRAINING or options.keys() & states[place].keys()
+    )
+
+
+def _densities(regularizers: Sequence[Regularizer]) -> tuple[dict[str, float], Log]:
+    """Share of each masked tensor that is not 0 in the network as kept, and the densities over time.
+
+    The kept epoch may have had another topology than the last; it has no more weights, and its zeros are its own.
+    """
+    density: dict[str, float] = {}
+    log: Log = ()
+    for regularizer in regularizers:
+        masks = getattr(regularizer, "masks", None)
+        if isinstance(masks, Masks):
+            counts = {name: int(tensor.count_nonzero()) for name, tensor in masks.tensors.items()}
+            assert sum(counts.values()) <= masks.alive_count(), f"{counts}: more than {masks.alive_count()} in all"
+            density |= {name: count / masks.tensors[name].numel() for name, count in counts.items()}
+            log = getattr(regularizer, "density_log", log)
+    return density, log
 
 
 def complete(info: ModelInfo, loaded: data.Data) -> ModelInfo:

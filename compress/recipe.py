@@ -132,21 +132,30 @@ def make(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """
     merged: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
     for text in overrides:
-        path, equals, value = text.partition("=")
-        section, _, key = path.rpartition(".")
-        if not equals or section.count("."):
-            raise UsageError(f"--set {text!r} is not of the form section.key=value, e.g. train.lr=0.01")
-        place = merged.setdefault(section, {}) if section else merged
-        if not isinstance(place, dict):
-            raise UsageError(f"--set {text!r} sets a key of {section}, which is {place!r}; {section} must be a section")
-        try:
-            place[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UsageError(f"--set {text!r}: {value!r} is no YAML value; write for example {path}=0.01") from error
+        override(merged, text, like="section.key=value, e.g. train.lr=0.01")
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
         raise UsageError(_first_error(error)) from error
+
+
+def override(values: dict[str, Any], text: str, *, like: str) -> None:
+    """Set what one `--set section.key=value` says, in place; the value is YAML. `like` is an example for errors.
+
+    Raises:
+        UsageError: another form, a section that holds no keys, or no YAML.
+    """
+    path, equals, value = text.partition("=")
+    section, _, key = path.rpartition(".")
+    if not equals or section.count("."):
+        raise UsageError(f"--set {text!r} is not of the form {like}")
+    place = values.setdefault(section, {}) if section else values
+    if not isinstance(place, dict):
+        raise UsageError(f"--set {text!r} sets a key of {section}, which is {place!r}; {section} must be a section")
+    try:
+        place[key] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {text!r}: {value!r} is no YAML value; write for example {path}=0.01") from error
 
 
 def read(path: Path) -> dict[str, Any]:

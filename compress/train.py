@@ -368,6 +368,7 @@ class _Phase:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "regularizers": [r.state_dict() for r in self.regularizers],
+            "kinds": [type(r).__name__ for r in self.regularizers],
             "outcome": vars(outcome),
             "best": best,
         }
@@ -376,6 +377,12 @@ class _Phase:
 
     def restore(self, path: Path) -> tuple[Outcome, int]:
         content = torch.load(path, map_location=self.device.device, weights_only=True)
+        kinds = [type(r).__name__ for r in self.regularizers]
+        if content.get("kinds", kinds) != kinds:
+            begun, asked = (", ".join(names) or "no regulariser" for names in (content["kinds"], kinds))
+            raise UsageError(
+                f"{path.name} was left by a training with {begun}, not {asked}; begin anew or name the same"
+            )
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         for regularizer, kept in zip(self.regularizers, content["regularizers"], strict=True):

@@ -10,11 +10,20 @@ from torch import Tensor, nn
 
 from compress.errors import UsageError
 from compress.groups import Group, trace
-from compress.regularize import REGULARIZERS, BnSlimming, GroupLasso, GroupSparsity, GrowingReg, Halo, Lasso
+from compress.regularize import (
+    REGULARIZERS,
+    SPARSE_TRAINING,
+    BnSlimming,
+    GroupLasso,
+    GroupSparsity,
+    GrowingReg,
+    Halo,
+    Lasso,
+)
 from tests.nets import NETS, lively
 from tests.test_regularize import channels, gradients, same, setting
 
-BASELINES = {n: m for n, m in REGULARIZERS.items() if n not in ("halo", "ffr", "cka-sr")}
+BASELINES = {n: m for n, m in REGULARIZERS.items() if n not in ("halo", "ffr", "cka-sr", *SPARSE_TRAINING)}
 NORMED = [n for n in NETS if any(isinstance(m, nn.BatchNorm2d) for m in NETS[n]().modules())]
 
 

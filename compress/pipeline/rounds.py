@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,12 +19,12 @@ from compress.pipeline.context import Event, Run
 from compress.plan import Plan, apply, select
 from compress.recipe import Recipe
 from compress.regularize import REGULARIZERS, SPARSE_TRAINING, Regularizer
+from compress.regularize.make import make
 from compress.report.words import strength_words
 from compress.scores import DATA_DRIVEN, SCORES, Scores
 from compress.train import numbers
 
 SCORE_BATCHES = 8  # training batches that a data-driven score sees: about a thousand images, in seconds (ours)
-NONE: Mapping[str, Any] = MappingProxyType({})
 SIZE_MARGIN = 0.005  # by how much a file's size is undercut: the bytes of its graph change a little with the widths
 
 
@@ -135,7 +133,7 @@ def teacher(run: Run) -> nn.Module:
     return run.on_device(run.network("state/sparse.safetensors") if is_better else copy.deepcopy(run.dense))
 
 
-def make_regularizers(recipe: Recipe, defaults: Mapping[str, Any] = NONE) -> list[Regularizer]:
+def make_regularizers(recipe: Recipe, defaults: Mapping[str, Any]) -> list[Regularizer]:
     """The method's regulariser and the further ones, with the options given for each, on top of `defaults`.
 
     Raises:
@@ -147,18 +145,7 @@ def make_regularizers(recipe: Recipe, defaults: Mapping[str, Any] = NONE) -> lis
             raise UsageError(
                 f"prune.options names {name!r}, which takes no part; there are {', '.join(names) or 'none'}"
             )
-    made: list[Regularizer] = []
-    for name in names:
-        options = recipe.prune.options.get(name, {})
-        known = list(inspect.signature(REGULARIZERS[name]).parameters)
-        wrong = sorted(options.keys() - set(known))
-        if wrong:
-            raise UsageError(f"{name} has no option {wrong[0]!r}; there are {', '.join(known)}")
-        try:
-            made.append(REGULARIZERS[name](**{k: v for k, v in defaults.items() if k in known} | options))
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"prune.options.{name} = {options}: {error}") from error
-    return made
+    return make({name: recipe.prune.options.get(name, {}) for name in names}, defaults)
 
 
 def _names(recipe: Recipe) -> list[str]:

@@ -182,11 +182,16 @@ class SparseTraining:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        count = sum(int(mask.sum()) for mask in state["masks"].values())
+        if count != self._total:
+            raise UsageError(
+                f"the state has {count} living weights, where density {self.start.density} asks for {self._total}; "
+                "give the density that it was begun with"
+            )
         self.masks.load_state_dict(state["masks"])
         self._gathered = {n: g.to(self.masks.tensors[n], copy=True) for n, g in state["gathered"].items()}
         self._step = int(state["progress"]["step"])
         self.density_log = [(int(step), dict(d)) for step, d in state["progress"]["density_log"]]
-        self._total = self.masks.alive_count()
 
     def _gather(self, gradients: Mapping[str, Tensor]) -> None:
         assert self.updates is not None
