@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +25,6 @@ from compress.scores import DATA_DRIVEN, SCORES, Scores
 from compress.train import numbers
 
 SCORE_BATCHES = 8  # training batches that a data-driven score sees: about a thousand images, in seconds (ours)
-NONE: Mapping[str, Any] = MappingProxyType({})
 SIZE_MARGIN = 0.005  # by how much a file's size is undercut: the bytes of its graph change a little with the widths
 
 
@@ -135,7 +133,7 @@ def teacher(run: Run) -> nn.Module:
     return run.on_device(run.network("state/sparse.safetensors") if is_better else copy.deepcopy(run.dense))
 
 
-def make_regularizers(recipe: Recipe, defaults: Mapping[str, Any] = NONE) -> list[Regularizer]:
+def make_regularizers(recipe: Recipe, defaults: Mapping[str, Any]) -> list[Regularizer]:
     """The method's regulariser and the further ones, with the options given for each, on top of `defaults`.
 
     Raises:

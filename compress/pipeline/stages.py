@@ -53,7 +53,7 @@ def prepare(run: Run) -> dict[str, Any]:
     _check_output(run, example)
     if zeros.is_fine(run.recipe):
         zeros.check(run.recipe, run.dense)
-    make_regularizers(run.recipe)
+    make_regularizers(run.recipe, {})
     groups = trace(run.dense, example)
     costs = cost.measure(run.dense, example)
     beside = _beside_weights(run, costs) if run.recipe.prune.metric == "size" else 0.0
