@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from compress.allocation import Allocation, Key, keys, powers, worth
 from compress.bench.machine import vector_block
 from compress.cost import Costs, Metric, Widths, measure
 from compress.errors import PruneError, TargetError, UsageError
 from compress.groups import Group, cut, trace
 from compress.scores import SCORES, Batches, Scores
-
-Allocation = Literal["uniform", "relative", "global"]
-ALLOCATIONS: dict[Allocation, str] = {
-    "uniform": "every layer shrinks alike, but channels that many layers share shrink less; scores rank within layers",
-    "relative": "all layers compete: the lowest score, in units of the layer's mean, leaves first",
-    "global": "all layers compete: the lowest such score per cost leaves first",
-}
 
 
 class Plan(BaseModel, frozen=True):
@@ -45,7 +38,7 @@ def select(
     whole: float | None = None,
     round_to: int = 1,
     adapt: bool = False,
-    allocation: Allocation = "uniform",
+    allocation: Allocation = "balanced",
     floor: float = 0.0,
 ) -> Plan:
     """Choose the channels to keep: the cost falls to at most `keep` of the whole, as little below as blocks allow.
@@ -57,7 +50,7 @@ def select(
         round_to: widths become multiples of this block of channels (or stay whole).
         adapt: take a smaller power of two for a group whose block is too coarse for the target (`round_to auto`).
         allocation: how layers compete, a key of ALLOCATIONS.
-        floor: no group keeps less than this share, 0 to 1, of what a uniform cut to `keep` would leave it.
+        floor: no group keeps less than this share, 0 to 1, of what a cut by rule to `keep` would leave it.
             Guards a global ranking against layers of one channel.
 
     Raises:
@@ -78,17 +71,17 @@ def select(
     if total <= 0:
         raise PruneError(f"the network has no {metric} to reduce (are all its parameters fixed?)")
     here = min(1.0, keep * whole / total)
-    powers = _powers(free, costs)
-    share = {name: here**power for name, power in powers.items()}
+    widths = Widths(groups, costs, metric)
+    falls = powers(free, costs, widths, allocation)
+    share = {name: here**power for name, power in falls.items()}
     blocks = {group.name: _block(group, round_to, share[group.name] if adapt else None) for group in free}
     least = {group.name: _least(group, blocks[group.name], floor * share[group.name]) for group in free}
-    widths = Widths(groups, costs, metric)
     _make_reachable(widths, blocks, least, keep * whole, adapt=adapt)
     order = {group.name: scores[group.name].argsort(descending=True, stable=True).tolist() for group in free}
-    worth = {group.name: _worth(scores[group.name], order[group.name]) for group in free}
-    keys = _keys(widths, worth, powers, allocation)
-    _descend(widths, blocks, least, keys, target=keep * whole, whole=whole)
-    _give_back(widths, blocks, keys, target=keep * whole)
+    worths = {group.name: worth(scores[group.name], order[group.name]) for group in free}
+    key = keys(widths, worths, falls, allocation)
+    _descend(widths, blocks, least, key, target=keep * whole, whole=whole)
+    _give_back(widths, blocks, key, target=keep * whole)
     kept = {name: tuple(sorted(ranked[: widths.kept[name]])) for name, ranked in order.items()}
     return Plan(
         kept=kept,
@@ -212,51 +205,6 @@ def _lowest(widths: Widths, least: Mapping[str, int]) -> float:
     total = widths.total()
     widths.kept.update(before)
     return total
-
-
-def _worth(score: Tensor, order: Sequence[int]) -> list[float]:
-    """Scores in falling order, in units of the group's mean; their running sum from the best one on."""
-    ranked = score.double()[list(order)].clamp(min=0)
-    mean = float(ranked.mean())
-    return [0.0, *torch.cumsum(ranked / mean if mean > 0 else ranked, 0).tolist()]
-
-
-Key = Callable[[str, int, int], float]  # group, its width, the next smaller one -> what leaves first has the least
-
-
-def _powers(free: Sequence[Group], costs: Costs) -> dict[str, float]:
-    """How fast a group's width falls with the target: to keep ** power of its channels.
-
-    A cost that grows with the product of two widths falls to `keep` when the two powers add up to 1. Channels that more
-    than two layers share (the trunk of a residual network) carry every later layer: they get 1/4, those inside a block
-    3/4. Measured on ResNet-20: benchmarks/LOG.md. Where all groups are of one kind, each gets 1/2.
-    """
-    layers = {group.name: _layers(group, costs) for group in free}
-    if not any(n > 2 for n in layers.values()) or all(n > 2 for n in layers.values()):
-        return dict.fromkeys(layers, 0.5)
-    return {name: 0.25 if n > 2 else 0.75 for name, n in layers.items()}
-
-
-def _layers(group: Group, costs: Costs) -> int:
-    """How many layers write or read the group's channels; a depthwise one, (C, 1, ...), passes them on."""
-    shapes = {part.name: costs.shapes[part.name] for part in group.slices}
-    return sum(len(shape) > 1 and not (len(shape) > 2 and shape[1] == 1) for shape in shapes.values())
-
-
-def _keys(
-    widths: Widths, worth: Mapping[str, Sequence[float]], powers: Mapping[str, float], allocation: Allocation
-) -> Key:
-    def uniform(name: str, kept: int, lower: int) -> float:
-        return -math.pow(kept / widths.size[name], 1 / powers[name])
-
-    def relative(name: str, kept: int, lower: int) -> float:
-        return (worth[name][kept] - worth[name][lower]) / (kept - lower)
-
-    def per_cost(name: str, kept: int, lower: int) -> float:
-        saved = abs(widths.change(name, lower if widths.kept[name] == kept else kept))
-        return (worth[name][kept] - worth[name][lower]) / saved if saved > 0 else math.inf
-
-    return {"uniform": uniform, "relative": relative, "global": per_cost}[allocation]
 
 
 def _descend(

@@ -64,7 +64,10 @@ class PrunePart(BaseModel):
     round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="channel block; auto: the machine's vector unit"
     )
-    allocation: Literal["uniform", "relative", "global"] = Field("uniform", description="how layers compete")
+    allocation: Literal["balanced", "uniform", "relative", "global"] = Field(
+        "balanced", description="how layers compete: compress/allocation.py"
+    )
+    redraw: bool = Field(False, description="draw new weights after the cut: the control, trained from scratch")
     floor: float = Field(0.5, ge=0, le=1, description="least width of a layer, as a share of the even width")
     rounds: int = Field(1, ge=1, le=100, description="sparse training and cut, this often, on a geometric path to keep")
     penalty_share: float = Field(0.1, gt=0, le=1000, description="penalty at the start, as a share of the task loss")

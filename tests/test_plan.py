@@ -10,12 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from compress.allocation import ALLOCATIONS
 from compress.checkpoint import ModelInfo, load_into, read, save
 from compress.cost import METRICS, Costs, measure
 from compress.errors import PruneError, TargetError, UsageError
 from compress.groups import Group, trace
 from compress.models import ARCHS
-from compress.plan import ALLOCATIONS, Plan, apply, select, shrink
+from compress.plan import Plan, apply, select, shrink
 from compress.scores import SCORES
 from tests.nets import NETS, lively
 
@@ -108,10 +109,22 @@ def test_uniform_keeps_like_shares_and_more_of_what_many_layers_share(resnet) ->
         assert all(abs(shares[name] - 0.3**power) < 0.07 for name in part)
 
 
+def test_balanced_spends_on_cheap_channels_and_leaves_macs_even(resnet) -> None:
+    model, groups, costs = resnet
+    scores = SCORES["l2"](model, groups)
+    sizes = {g.name: g.size for g in groups}
+    kept = select(groups, scores, costs, keep=0.15).kept
+    share = {name: len(channels) / sizes[name] for name, channels in kept.items()}
+    stages = [[share[f"layer{stage}.{block}.conv1"] for block in (1, 2)] for stage in (1, 2, 3)]
+    assert min(stages[0]) > 1.3 * max(stages[1]) and min(stages[1]) > 1.3 * max(stages[2])
+    plans = [select(groups, scores, costs, keep=0.3, metric="macs", allocation=a) for a in ("balanced", "uniform")]
+    assert plans[0].kept == plans[1].kept
+
+
 def test_uniform_on_a_plain_chain_is_even() -> None:
     model = NETS["plain"]()
     groups = trace(model, X)
-    plan = select(groups, SCORES["l2"](model, groups), measure(model, X), keep=0.25)
+    plan = select(groups, SCORES["l2"](model, groups), measure(model, X), keep=0.25, allocation="uniform")
     sizes = {g.name: g.size for g in groups}
     assert all(0.3 < len(kept) / sizes[name] < 0.7 for name, kept in plan.kept.items())
 

@@ -22,6 +22,7 @@ from compress.regularize import REGULARIZERS, SPARSE_TRAINING, Regularizer
 from compress.regularize.make import make
 from compress.report.words import strength_words
 from compress.scores import DATA_DRIVEN, SCORES, Scores
+from compress.structure import redraw
 from compress.train import numbers
 
 SCORE_BATCHES = 8  # training batches that a data-driven score sees: about a thousand images, in seconds (ours)
@@ -123,6 +124,8 @@ def _cut(run: Run, model: nn.Module, groups: Sequence[Group], scores: Scores, ke
     whole = run.prepared["dense"][run.recipe.prune.metric]
     plan = select_as(run.recipe, groups, scores, run.costs(model), keep=keep, whole=whole)
     apply(model, groups, plan)
+    if run.recipe.prune.redraw:
+        redraw(model, run.recipe.seed)
     return plan.model_dump(mode="json")
 
 

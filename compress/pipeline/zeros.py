@@ -39,6 +39,8 @@ def check(recipe: Recipe, model: nn.Module) -> None:
             f"--metric {prune.metric} with --granularity weight: zeros in place change neither the multiply-adds nor, "
             "by a known amount, the bytes; use --metric params"
         )
+    if prune.redraw:
+        raise UsageError("prune.redraw with --granularity weight would fill the zeros again; use --granularity filter")
     if name := _score(recipe):
         sparse.weigh(model, name)
     if prune.rounds > 1 and prune.method in SPARSE_TRAINING:
