@@ -42,7 +42,7 @@ def train(
     view.set_up(quiet=quiet, verbose=verbose)
     import torch
 
-    from compress import checkpoint
+    from compress import checkpoint, ranks
     from compress.checkpoint import ModelInfo
     from compress.cli import arch as architectures
     from compress.cli import load
@@ -54,7 +54,7 @@ def train(
 
     if out.suffix not in (".pt", ".safetensors"):
         raise UsageError(f"--out {out} must end in .pt or .safetensors")
-    if out.exists() and not force:
+    if ranks.first(out.exists) and not force:
         raise UsageError(f"{out} exists already; choose another --out or give --force")
     arch_args = architectures.parse_arch_args(arch_arg or [])
     loaded = load_data(data, image_size=image_size, seed=seed)
@@ -68,9 +68,10 @@ def train(
         info = ModelInfo(arch=built.name, arch_kwargs=built.kwargs, mean=built.mean, std=built.std)
     settings = Settings(epochs=epochs, lr=lr, label_smoothing=label_smoothing, keep_best=True, seed=seed)
     state = out.with_suffix(".state")
-    if not resume:
-        state.unlink(missing_ok=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if ranks.is_first():
+        if not resume:
+            state.unlink(missing_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
     with view.Live() as live:
         fitted = fit(
             model, info, loaded, settings, batch_size=batch_size, device=device, state=state,
@@ -78,8 +79,9 @@ def train(
         )  # fmt: skip
     save = checkpoint.save_pt if out.suffix == ".pt" else checkpoint.save
     origin = {"top1": fitted.top1, "split": fitted.split, "epochs": epochs, "seed": seed, "lr": lr}
-    save(out, model, fitted.info.model_copy(update={"origin": {**fitted.info.origin, **origin}}))
-    state.unlink(missing_ok=True)
+    if ranks.is_first():
+        save(out, model, fitted.info.model_copy(update={"origin": {**fitted.info.origin, **origin}}))
+        state.unlink(missing_ok=True)
     view.note(
         f"{out}: top-1 {fitted.top1:.2f} % on {fitted.split}, "
         f"best validation epoch {fitted.outcome.best_epoch + 1} of {epochs}"
