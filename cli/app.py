@@ -61,7 +61,7 @@ def guarded(command: Callable[..., None], *, is_shared: bool = True) -> Callable
         try:
             ranks.join()
             if not is_shared and ranks.launched()[1] > 1:
-                raise UsageError(f"{command.__name__} works in one process: start it without torchrun")
+                raise UsageError(f"only {', '.join(TOGETHER)} work in several processes: leave out torchrun")
             with _interrupts():
                 command(*args, **options)
             ranks.leave()
