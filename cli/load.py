@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from compress import checkpoint
+from compress import checkpoint, ranks
 from compress.checkpoint import Checkpoint, ModelInfo
 from compress.cli import arch, view
 
@@ -19,7 +19,7 @@ def network(path: Path, spec: str | None, arch_args: Mapping[str, Any]) -> tuple
     Raises:
         LoadError, UsageError: as checkpoint.read, arch.resolve and checkpoint.load_into.
     """
-    read = checkpoint.read(path)
+    read = checkpoint.decode(ranks.first(lambda: checkpoint.contents(path)), path)  # of several processes one reads
     built = arch.resolve(spec, arch_args, read)
     if built.note:
         view.note(built.note)

@@ -60,6 +60,7 @@ def prune(
 ) -> None:
     """Checkpoint in, smaller ONNX file out: train, cut, recover, export, prove, measure."""
     view.set_up(quiet=quiet, verbose=verbose)
+    from compress import ranks
     from compress.cli import load
     from compress.cli.arch import parse_arch_args
     from compress.errors import UsageError
@@ -80,19 +81,21 @@ def prune(
         "train": {"epochs": epochs},
         "": {"seed": seed, "device": device, "threads": threads},
     }  # fmt: skip
-    begun = out if resume and out is not None and (out / "recipe.yaml").is_file() else None
-    checked = _recipe(recipe, given, set_ or [], begun)
-    if begun is not None:
-        _check_same(checked, begun)
-        _finish(begun, as_json=as_json)
+    is_begun = resume and ranks.first(lambda: out is not None and (out / "recipe.yaml").is_file())
+    checked = _recipe(recipe, given, set_ or [], out if is_begun else None)
+    if is_begun and out is not None:
+        _finish(out, as_json=as_json)
         return
     network, info, source = load.network(model, checked.model.arch or None, checked.model.arch_args)
     if dry_run:
         _show_plan(checked, network, info, as_json=as_json)
         return
     text = checked.to_yaml()
-    folder = RunFolder.create(out or _default_folder(model, checked.prune.method, text), text, force=force)
-    _run(checked, network, info, folder, source.sha256, as_json=as_json)
+
+    def create() -> str:
+        return str(RunFolder.create(out or _default_folder(model, checked.prune.method, text), text, force=force).path)
+
+    _run(checked, network, info, RunFolder(Path(ranks.first(create))), source.sha256, as_json=as_json)
 
 
 def resume(
@@ -108,17 +111,23 @@ def resume(
 
 def _recipe(file: Path | None, given: dict[str, dict[str, Any]], overrides: list[str], begun: Path | None) -> Recipe:
     """The recipe file (or that of the run begun), the options on top of it, --set on top of both; checked."""
+    from compress import ranks
     from compress.recipe import make, read
 
-    values = read(begun / "recipe.yaml") if begun is not None else {}
-    for section, keys in (read(file) if file is not None else {}).items():
-        values[section] = {**values.get(section, {}), **keys} if isinstance(keys, dict) else keys
-    for section, keys in given.items():
-        place = values.setdefault(section, {}) if section else values
-        place.update({key: value for key, value in keys.items() if value not in (None, {}, [])})
-    checked = make(values, overrides)
-    _check_methods(checked.prune.method, checked.prune.regularize, checked.prune.score)
-    return checked
+    def merge() -> dict[str, Any]:
+        values = read(begun / "recipe.yaml") if begun is not None else {}
+        for section, keys in (read(file) if file is not None else {}).items():
+            values[section] = {**values.get(section, {}), **keys} if isinstance(keys, dict) else keys
+        for section, keys in given.items():
+            place = values.setdefault(section, {}) if section else values
+            place.update({key: value for key, value in keys.items() if value not in (None, {}, [])})
+        checked = make(values, overrides)
+        _check_methods(checked.prune.method, checked.prune.regularize, checked.prune.score)
+        if begun is not None:
+            _check_same(checked, begun)
+        return checked.model_dump(mode="json")
+
+    return make(ranks.first(merge))
 
 
 def _check_same(wanted: Recipe, folder: Path) -> None:
@@ -137,22 +146,27 @@ def _check_same(wanted: Recipe, folder: Path) -> None:
 
 
 def _finish(path: Path, *, as_json: bool) -> None:
+    from compress import ranks
     from compress.cli import load
     from compress.folder import RunFolder
     from compress.recipe import make, read
 
-    folder = RunFolder.open(path)
-    recipe = make(read(path / "recipe.yaml"))
-    own = path / "state" / "dense.safetensors"
-    is_copied = folder.has("state/info.json")  # written last: then the run has its own copy of the dense network
-    source = own if is_copied else Path(recipe.model.path)
-    network, info, read_file = load.network(source, recipe.model.arch or None, recipe.model.arch_args)
-    sha256 = folder.read("env.json")["source_sha256"] if is_copied else read_file.sha256
-    _run(recipe, network, info, folder, sha256, as_json=as_json)
+    def begun() -> dict[str, Any]:
+        folder = RunFolder.open(path)
+        recipe = make(read(path / "recipe.yaml"))
+        is_copied = folder.has("state/info.json")  # written last: then the run has its own copy of the dense network
+        source = str(path / "state" / "dense.safetensors") if is_copied else recipe.model.path
+        sha256 = folder.read("env.json")["source_sha256"] if is_copied else None
+        return {"recipe": recipe.model_dump(mode="json"), "source": source, "sha256": sha256}
+
+    found = ranks.first(begun)
+    recipe = make(found["recipe"])
+    network, info, read_file = load.network(Path(found["source"]), recipe.model.arch or None, recipe.model.arch_args)
+    _run(recipe, network, info, RunFolder(path), found["sha256"] or read_file.sha256, as_json=as_json)
 
 
 def _run(recipe: Recipe, network: nn.Module, info: ModelInfo, folder: RunFolder, sha256: str, *, as_json: bool) -> None:
-    from compress import pipeline
+    from compress import pipeline, ranks
     from compress.errors import RunFolderError
 
     try:
@@ -163,8 +177,10 @@ def _run(recipe: Recipe, network: nn.Module, info: ModelInfo, folder: RunFolder,
         raise
     except RunFolderError:
         raise  # somebody else is working in it
-    except Exception:
-        if not folder.has("state/prepare.json"):
+    except Exception as error:
+        if ranks.is_broken(error):  # another process was interrupted first, or is gone
+            view.hint(f"stopped; continue with: compress resume {folder.path}")
+        if ranks.is_first() and not folder.has("state/prepare.json"):
             folder.discard()  # nothing has been done that a resume could use
         raise
     view.result(report)

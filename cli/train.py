@@ -62,7 +62,7 @@ def train(
     view.set_up(quiet=quiet, verbose=verbose)
     import torch
 
-    from compress import checkpoint
+    from compress import checkpoint, ranks
     from compress.checkpoint import ModelInfo
     from compress.cli import arch as architectures
     from compress.cli import load
@@ -75,7 +75,7 @@ def train(
 
     if out.suffix not in (".pt", ".safetensors"):
         raise UsageError(f"--out {out} must end in .pt or .safetensors")
-    if out.exists() and not force:
+    if ranks.first(out.exists) and not force:
         raise UsageError(f"{out} exists already; choose another --out or give --force")
     given = _regularizers([*([method] if method else []), *(regularize or [])], density, set_ or [])
     arch_args = architectures.parse_arch_args(arch_arg or [])
@@ -93,9 +93,10 @@ def train(
         penalty_share=PrunePart().penalty_share,
     )  # fmt: skip
     state = out.with_suffix(".state")
-    if not resume:
-        state.unlink(missing_ok=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if ranks.is_first():
+        if not resume:
+            state.unlink(missing_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
     with view.Live() as live:
         fitted = fit(
             model, info, loaded, settings, batch_size=batch_size, device=device, regularize=given, state=state,
@@ -105,8 +106,9 @@ def train(
     origin: dict[str, Any] = {"top1": fitted.top1, "split": fitted.split, "epochs": epochs, "seed": seed, "lr": lr}
     if given:
         origin["regularize"] = {name: dict(own) for name, own in given.items()}
-    save(out, model, fitted.info.model_copy(update={"origin": {**fitted.info.origin, **origin}}))
-    state.unlink(missing_ok=True)
+    if ranks.is_first():
+        save(out, model, fitted.info.model_copy(update={"origin": {**fitted.info.origin, **origin}}))
+        state.unlink(missing_ok=True)
     sparse = _sparsity(model, fitted)
     view.note(
         f"{out}: top-1 {fitted.top1:.2f} % on {fitted.split}, "

@@ -15,6 +15,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from compress import ranks
+
 if TYPE_CHECKING:
     from compress.pipeline import Event
 
@@ -34,13 +36,18 @@ STAGES = {
 
 
 def set_up(*, quiet: bool = False, verbose: bool = False) -> None:
-    """Choose how much is shown; log lines of the library go to stderr with `verbose`."""
+    """Choose how much is shown, by one of several processes; log lines go to stderr with `verbose`."""
     global _quiet
-    _quiet = quiet
+    verbose = verbose and _is_first()
+    _quiet = quiet or not _is_first()
     logging.captureWarnings(True)
     logger = logging.getLogger()
     logger.handlers = [RichHandler(console=_console, show_path=False)] if verbose else [logging.NullHandler()]
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def _is_first() -> bool:
+    return ranks.launched()[0] == 0
 
 
 def error(text: str) -> None:
@@ -49,7 +56,8 @@ def error(text: str) -> None:
 
 def hint(text: str) -> None:
     """What to do next after a failure; shown even when quiet."""
-    _console.print(escape(text), soft_wrap=True, highlight=False)
+    if _is_first():
+        _console.print(escape(text), soft_wrap=True, highlight=False)
 
 
 def traceback() -> None:
@@ -63,8 +71,9 @@ def note(text: str) -> None:
 
 def document(content: Mapping[str, Any]) -> None:
     """The last line of stdout: one JSON document."""
-    sys.stdout.write(json.dumps(content) + "\n")
-    sys.stdout.flush()
+    if _is_first():
+        sys.stdout.write(json.dumps(content) + "\n")
+        sys.stdout.flush()
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

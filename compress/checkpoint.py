@@ -65,14 +65,27 @@ def read(path: Path) -> Checkpoint:
     Raises:
         LoadError: no such file, a folder, empty, truncated, a pickled network, TorchScript, no state dict, NaN or Inf.
     """
+    return decode(contents(path), path)
+
+
+def contents(path: Path) -> bytes:
+    """The bytes of a file of weights.
+
+    Raises:
+        LoadError: there is no such file, or it cannot be read.
+    """
     if path.is_dir():
         raise LoadError(f"{path} is a folder: give the checkpoint file in it")
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise LoadError(f"{path} does not exist: check the path of the checkpoint") from error
     except OSError as error:
         raise LoadError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def decode(data: bytes, path: Path) -> Checkpoint:
+    """What `read` gives, from the bytes of the file; `path` is only its name."""
     tensors, beside = foreign.decode(data, path)
     info, integers = ModelInfo(), NONE
     if foreign.is_safetensors(data):

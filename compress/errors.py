@@ -65,3 +65,11 @@ class MeasureError(CompressError):
 
 class TrackerError(UsageError):
     """An experiment tracker that is not installed."""
+
+
+class ElsewhereError(CompressError):
+    """What another process of the run failed with; that one says it, and all end with its exit code."""
+
+    def __init__(self, text: str, *, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress import data, train
+from compress import data, ranks, train
 from compress.checkpoint import ModelInfo
 from compress.errors import PruneError
 from compress.groups import Group, trace
@@ -52,6 +52,8 @@ def fit(
 ) -> Fitted:
     """Train `model` in place; the epoch with the best validation top-1 is kept, the test split is read once.
 
+    Several processes all call this; each takes its share of every batch.
+
     Args:
         info: what is known of the network; data set, labels and normalisation are filled in.
         regularize: what takes part in the training; `steps` is filled in. Penalties are calibrated to
@@ -65,13 +67,15 @@ def fit(
         assert completed.mean is not None and completed.std is not None
         return data.loader(
             split,
-            batch_size=batch_size,
+            batch_size=ranks.share(batch_size),
             mean=completed.mean,
             std=completed.std,
             train=training,
             augment=augment or "auto",
             seed=settings.seed,
             device=accelerator.device,
+            rank=ranks.rank(),
+            world=ranks.world(),
         )
 
     training, val = loader(loaded.train, training=True), loader(loaded.val)

@@ -2,10 +2,14 @@
 
 An epoch is a pure function of (state, seed, epoch): order, augmentation and dropout are seeded by them, so that a run
 resumed at the last finished epoch ends with the same weights as an unbroken one on the same machine.
+
+Several processes (compress/ranks.py) train together: each takes its loader's share of every batch, the gradients are
+the means over all, batch norms see their own process's images in a step, and evaluation counts every image once.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import shutil
@@ -20,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
+from compress import ranks
 from compress.data import Loader
 from compress.errors import DivergedError, PruneError, TrackerError, UsageError
 from compress.files import atomic_path
@@ -95,6 +101,7 @@ def accelerator(
         UsageError: a device that is unknown or not here. TrackerError: a tracker that is unknown or not installed.
     """
     _check_device(device)
+    ranks.join()
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
 
@@ -124,6 +131,8 @@ def _check_device(device: str) -> None:
     kind, _, number = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
         raise UsageError(f"the device {device!r} is unknown; allowed are auto, cpu, cuda and cuda:N")
+    if number and ranks.launched()[1] > 1:
+        raise UsageError(f"the device {device} is one GPU for several processes; take cuda, which gives one to each")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"there is no device {device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
@@ -151,10 +160,13 @@ def finetune(
 ) -> Outcome:
     """Train `model` in place for `settings.epochs` epochs.
 
+    Several processes all call this, each with its share of the images, and end with the same weights; `model` starts
+    from rank 0's, and is plain afterwards.
+
     Args:
         regularizers: attached already; their penalties join the loss.
         teacher: in evaluation mode; its softened labels weigh `settings.distill` in the loss.
-        state: file written after every epoch; if it exists, training goes on from there.
+        state: file written after every epoch; if it exists, training goes on from there. Rank 0 alone opens it.
 
     Raises:
         DivergedError: the loss became NaN or infinite; the file at `state` holds the last good epoch.
@@ -167,7 +179,7 @@ def finetune(
     elif settings.compile:
         model.compile()
     try:
-        outcome, start = phase.restore(state) if state is not None and state.exists() else (Outcome(), 0)
+        outcome, start = phase.restore(state)
         if start == 0:
             outcome.strengths = phase.calibrate()
         best = phase.best
@@ -193,7 +205,7 @@ def finetune(
                 best = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
             if top1 >= outcome.best_top1:
                 outcome.best_top1, outcome.best_epoch = top1, epoch
-            if state is not None and device.is_main_process:
+            if state is not None and ranks.is_first():
                 phase.save(state, epoch + 1, outcome, best)
             on_progress(phase.progress(epoch, phase.steps, loss, penalty, top1))
         if settings.keep_best and best is not None:
@@ -204,10 +216,14 @@ def finetune(
 
 
 def evaluate(model: nn.Module, loader: Loader, *, device: Accelerator) -> tuple[float, float]:
-    """Top-1 in percent and mean cross-entropy over every image of `loader`, in the run's precision."""
+    """Top-1 in percent and mean cross-entropy over every image of `loader`, in the run's precision.
+
+    Of several processes each goes through its loader's images, and all get the figures of all images, each counted
+    once. No batch norm differs between them: `model` must be the same everywhere.
+    """
     was_training = model.training
     model.eval()
-    right, total, loss = 0, 0, 0.0
+    right, loss, total = 0.0, 0.0, 0.0
     with torch.no_grad(), device.autocast():
         for images, labels in loader:
             logits = model.forward(images).float()  # not the call: evaluation is never worth compiling
@@ -215,6 +231,7 @@ def evaluate(model: nn.Module, loader: Loader, *, device: Accelerator) -> tuple[
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             total += len(labels)
     model.train(was_training)
+    right, loss, total = ranks.summed(torch.tensor([right, loss, total], dtype=torch.float64)).tolist()
     return 100 * right / total, loss / total
 
 
@@ -223,7 +240,8 @@ def recalibrate(
 ) -> None:
     """Measure the statistics of every batch norm anew over `batches` batches, plain averages, weights untouched.
 
-    After a cut the old ones belong to another network, and judging it by them would be unfair.
+    After a cut the old ones belong to another network, and judging it by them would be unfair. Of several processes
+    each measures over its own batches, and all get the averages.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
@@ -240,6 +258,9 @@ def recalibrate(
             model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+        for statistic in (norm.running_mean, norm.running_var):
+            assert statistic is not None
+            statistic.copy_(ranks.averaged(statistic))
     model.train(was_training)
 
 
@@ -272,6 +293,61 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
+class _Losses(nn.Module):
+    """What is minimised, as one module: wrapped for several processes, all that it holds gets one mean gradient a step.
+
+    The penalties are part of the forward pass, or a parameter that they alone reach would be left out of the means.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        device: Accelerator,
+        regularizers: Sequence[Regularizer],
+        teacher: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.own = nn.ParameterList(p for r in regularizers for p in r.parameters())
+        self.classes = 2  # until a batch has been seen
+        self._beside = settings, device, regularizers, teacher  # a tuple, or the teacher would be trained as a part
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum to minimise, and in it, without gradient, the cross-entropy and all penalties."""
+        settings, _, _, teacher = self._beside
+        task, distance, penalties = self.parts(images, labels)
+        weight = settings.distill if teacher is not None else 0.0
+        extra = torch.stack(penalties).sum() if penalties else torch.zeros_like(task)
+        return (1 - weight) * task + weight * distance + extra, task.detach(), extra.detach()
+
+    def parts(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Cross-entropy, divergence from the teacher (Hinton et al., arXiv 1503.02531, section 2), penalties."""
+        settings, device, regularizers, teacher = self._beside
+        with device.autocast():
+            logits = self.model(images).float()
+            self.classes = logits.shape[1]
+            penalties = [r.penalty().to(logits.device) for r in regularizers]
+        task = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+        if teacher is None:
+            return task, torch.zeros_like(task), penalties
+        heat = settings.temperature
+        with torch.no_grad(), device.autocast():
+            soft = F.log_softmax(teacher(images).float() / heat, 1)
+        distance = F.kl_div(F.log_softmax(logits / heat, 1), soft, reduction="batchmean", log_target=True) * heat**2
+        return task, distance, penalties
+
+
+def _shared(losses: _Losses, device: Accelerator) -> DistributedDataParallel:
+    """The wrapper that averages gradients over the processes, for one phase: a cut network needs another.
+
+    Parameters that a step does not reach are looked for, since on the next step the others would wait for theirs.
+    """
+    losses.spare = nn.Parameter(torch.zeros((), device=device.device))  # torch warns of a search that finds nothing
+    where = [device.device] if device.device.type == "cuda" else None
+    return DistributedDataParallel(losses, device_ids=where, find_unused_parameters=True)
+
+
 class _Phase:
     """One phase's loop: the optimiser and what an epoch changes."""
 
@@ -286,9 +362,10 @@ class _Phase:
     ) -> None:
         self.settings, self.device, self.regularizers, self.train = settings, device, regularizers, train
         self.model = model.to(device.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.teacher = teacher.to(device.device).eval() if teacher is not None and settings.distill > 0 else None
+        teacher = teacher.to(device.device).eval() if teacher is not None and settings.distill > 0 else None
         self.steps = len(train)
-        self.classes = 2  # until a batch has been seen
+        self.losses = _Losses(self.model, settings, device, regularizers, teacher)
+        self.objective = _shared(self.losses, device) if ranks.world() > 1 else self.losses
         self.best: dict[str, Tensor] | None = None
         self.optimizer = torch.optim.SGD(
             _parameter_groups(model, regularizers, settings),
@@ -299,30 +376,33 @@ class _Phase:
         )
         # a hook, so that masks (regularize/masks.py), which torch calls first, have been laid on what is measured here
         self._clipping = self.optimizer.register_step_pre_hook(lambda *_: self._clip())
-        self._rate = 0.0  # images per second
+        self._looks_always = device.device.type == "cpu" and ranks.world() == 1
+        self._rate = 0.0  # images per second, of all processes
         self._pace = 0.0  # steps per second
 
     def run_epoch(self, epoch: int, on_progress: Callable[[Progress], None], state: Path | None) -> tuple[float, float]:
         """One pass over the training images; mean task loss and mean penalty."""
         self.model.train()
         self.train.set_epoch(epoch)
-        torch.manual_seed(hash((self.settings.seed, epoch)) & 0x7FFFFFFF)  # dropout and the like
+        # dropout and the like, other on every rank
+        torch.manual_seed((hash((self.settings.seed, epoch)) + ranks.rank()) & 0x7FFFFFFF)
         began, seen = time.perf_counter(), 0
         sums = torch.zeros(2, device=self.device.device)
         for step, (images, labels) in enumerate(self.train):
             task, penalty = self._step(epoch * self.steps + step, images, labels)
             seen += len(labels)
             sums += torch.stack((task, penalty))
-            # on a GPU only every 16 steps: looking at the loss waits for the device
-            is_due = self.device.device.type == "cpu" or step % 16 == 15 or step == self.steps - 1
-            if is_due and not math.isfinite(float(sums.sum())):
+            # on a GPU, or among several processes, only every 16 steps: looking at the loss waits for them
+            is_due = self._looks_always or step % 16 == 15 or step == self.steps - 1
+            if is_due and not math.isfinite(float(ranks.averaged(sums).sum())):
                 raise self.diverged(f"at epoch {epoch + 1}, step {step + 1} of {self.steps}", state)
             self._pace = (step + 1) / (time.perf_counter() - began)
-            self._rate = seen / (step + 1) * self._pace
+            self._rate = ranks.world() * seen / (step + 1) * self._pace
             if step % 10 == 9:
                 done = (sums / (step + 1)).tolist()
                 on_progress(self.progress(epoch, step + 1, *done))
-        loss, mean_penalty = (sums / self.steps).tolist()
+        ranks.from_first(self.model.buffers())  # batch norms judge by the same statistics everywhere
+        loss, mean_penalty = (ranks.averaged(sums) / self.steps).tolist()
         return loss, mean_penalty
 
     def progress(self, epoch: int, step: int, loss: float, penalty: float, top1: float | None = None) -> Progress:
@@ -341,12 +421,13 @@ class _Phase:
         before = {name: t.detach().clone() for name, t in self.model.named_buffers()}
         self.model.train()
         self.train.set_epoch(0)
-        task, sizes = 0.0, [0.0] * len(self.regularizers)
+        found = torch.zeros(1 + len(self.regularizers), dtype=torch.float64)
         with _seeded(self.settings.seed):
             for images, labels in islice(self.train, 4):
-                loss, _, penalties = self._losses(images, labels)
-                task += max(float(loss.detach()), LEAST_LOSS * math.log(self.classes))
-                sizes = [size + float(penalty.detach()) for size, penalty in zip(sizes, penalties, strict=True)]
+                loss, _, penalties = self.losses.parts(images, labels)
+                found[0] += max(float(loss.detach()), LEAST_LOSS * math.log(self.losses.classes))
+                found[1:] += torch.tensor([float(penalty.detach()) for penalty in penalties], dtype=torch.float64)
+        task, *sizes = ranks.averaged(found).tolist()
         for place, (regularizer, size) in enumerate(zip(self.regularizers, sizes, strict=True)):
             if place in self.settings.fixed:
                 continue
@@ -375,25 +456,28 @@ class _Phase:
         with atomic_path(path) as temporary:
             torch.save(content, temporary)
 
-    def restore(self, path: Path) -> tuple[Outcome, int]:
-        content = torch.load(path, map_location=self.device.device, weights_only=True)
+    def restore(self, path: Path | None) -> tuple[Outcome, int]:
+        """What `save` left and the epochs done; a fresh outcome and 0 where there is no such file."""
+        kept = ranks.first(lambda: path.read_bytes() if path is not None and path.exists() else b"")
+        if not kept:
+            return Outcome(), 0
+        content = torch.load(io.BytesIO(kept), map_location="cpu", weights_only=True)
         kinds = [type(r).__name__ for r in self.regularizers]
         if content.get("kinds", kinds) != kinds:
             begun, asked = (", ".join(names) or "no regulariser" for names in (content["kinds"], kinds))
-            raise UsageError(
-                f"{path.name} was left by a training with {begun}, not {asked}; begin anew or name the same"
-            )
+            raise UsageError(f"the state was left by a training with {begun}, not {asked}; begin anew or name the same")
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
-        for regularizer, kept in zip(self.regularizers, content["regularizers"], strict=True):
-            regularizer.load_state_dict(kept)
+        for regularizer, of_it in zip(self.regularizers, content["regularizers"], strict=True):
+            regularizer.load_state_dict(of_it)
         self.best = content["best"]
         log.info("resumed at epoch %d of %d", content["epoch"], self.settings.epochs)
         return Outcome(**content["outcome"]), int(content["epoch"])
 
     def close(self) -> None:
-        """Leave a plain module behind."""
+        """Leave a plain module behind, without the wrapper of several processes."""
         self._clipping.remove()
+        self.objective = self.losses
         self.model._compiled_call_impl = None
         self.model.zero_grad(set_to_none=True)
         self.model.eval()
@@ -402,37 +486,21 @@ class _Phase:
         rate = self.settings.lr * schedule(step / (self.settings.epochs * self.steps), self.settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        task, distance, penalties = self._losses(images, labels)
-        weight = self.settings.distill if self.teacher is not None else 0.0
-        extra = torch.stack(penalties).sum() if penalties else torch.zeros_like(task)
         self.optimizer.zero_grad(set_to_none=True)
-        self.device.backward((1 - weight) * task + weight * distance + extra)
+        total, task, extra = self.objective(images, labels)
+        self.device.backward(total)
         self.optimizer.step()
         for regularizer in self.regularizers:
             regularizer.after_step()
-        return task.detach(), extra.detach()
+        return task, extra
 
     def _clip(self) -> None:
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
 
-    def _losses(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Cross-entropy, divergence from the teacher (Hinton et al., arXiv 1503.02531, section 2), penalties."""
-        with self.device.autocast():
-            logits = self.model(images).float()
-            self.classes = logits.shape[1]
-            penalties = [r.penalty().to(logits.device) for r in self.regularizers]
-        task = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
-        if self.teacher is None:
-            return task, torch.zeros_like(task), penalties
-        heat = self.settings.temperature
-        with torch.no_grad(), self.device.autocast():
-            soft = F.log_softmax(self.teacher(images).float() / heat, 1)
-        distance = F.kl_div(F.log_softmax(logits / heat, 1), soft, reduction="batchmean", log_target=True) * heat**2
-        return task, distance, penalties
-
     def diverged(self, where: str, state: Path | None) -> DivergedError:
         """What to say of a NaN or infinite loss; nothing has been saved since the last good epoch."""
-        kept = "the last good epoch is kept" if state is not None and state.exists() else "nothing had been saved yet"
+        is_saved = ranks.first(lambda: state is not None and state.exists())
+        kept = "the last good epoch is kept" if is_saved else "nothing had been saved yet"
         return DivergedError(
             f"the loss became NaN or infinite in {self.settings.phase} {where}; {kept}; start again with a lower "
             "train.lr or prune.penalty_share (--set train.lr=0.01)"

@@ -35,19 +35,20 @@ class _Plan:
     world: int
 
     def order(self, epoch: int) -> Tensor:
-        """Positions of this rank's images, (n,) int64, equally many on every rank.
+        """Positions of this rank's images, (n,) int64.
 
-        Shuffled, up to world - 1 images are left out; in order, up to world - 1 of the first come twice.
+        Shuffled, every rank has equally many, and up to world - 1 images are left out; in order, every image comes
+        once, and ranks may differ by one.
         """
         if self.is_shuffled:
             order = torch.randperm(self.count, generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
             order = order[: self.count // self.world * self.world]
         else:
-            order = torch.arange(-(-self.count // self.world) * self.world) % self.count
+            order = torch.arange(self.count)
         return order[self.rank :: self.world]
 
     def __len__(self) -> int:
-        own = self.count // self.world if self.is_shuffled else -(-self.count // self.world)
+        own = self.count // self.world if self.is_shuffled else len(range(self.rank, self.count, self.world))
         return own // self.batch_size if self.is_dropping else -(-own // self.batch_size)
 
     def batches(self, order: Tensor) -> tuple[Tensor, ...]:
@@ -94,7 +95,7 @@ def loader(
 
     `mean`, `std`: per channel in 0..1. `augment`: "auto" is "flip-crop", without the flip where a mirrored image is
     another class; crops are shifts by up to 1/8 in memory (He et al., arXiv:1512.03385) and random resized crops where
-    streamed. `drop_last`: None = with `train`. `rank` of `world`: this process's share, of equal size on each.
+    streamed. `drop_last`: None = with `train`. `rank` of `world`: this process's share, of equal size with `train`.
     `workers`: processes that decode a streamed split, None = one per processor, at most 8.
     Raises DataError.
     """
@@ -157,6 +158,7 @@ class _StreamFetch:
         self, split: StreamSplit, plan: _Plan, device: torch.device, *, is_cropping: bool, workers: int
     ) -> None:
         self._split, self._device, self._keys = split, device, _Keys(plan)
+        self._is_in_step = plan.world > 1 and plan.is_shuffled
         self._unreadable: set[int] = set()
         self._loader: DataLoader[Any] = DataLoader(
             _Decoder(split, plan.seed if is_cropping else None),
@@ -175,6 +177,11 @@ class _StreamFetch:
                 self._note(failed)
             if len(positions):
                 yield images, self._split.targets[positions].to(self._device)
+            elif self._is_in_step:
+                raise DataError(
+                    f"{self._split.name}: no image of a batch can be read, and the other processes would wait for it "
+                    "for ever; mend or remove the files that log.txt names"
+                )
 
     def _note(self, failed: Sequence[int]) -> None:
         new = [position for position in failed if position not in self._unreadable]

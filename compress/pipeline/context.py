@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress import checkpoint, cost, data, inputs
+from compress import checkpoint, cost, data, inputs, ranks
 from compress.bench import available
 from compress.bench.machine import allowed_cpus, describe
 from compress.checkpoint import ModelInfo
 from compress.data import Data, Loader, Split
-from compress.errors import MeasureError
+from compress.errors import DataError, MeasureError
 from compress.files import atomic_write
 from compress.fit import complete
 from compress.folder import RunFolder
@@ -44,10 +44,14 @@ OnEvent = Callable[[Event], None]
 
 @dataclass
 class Run:
-    """The dense network is never changed; every later one is a copy."""
+    """The dense network is never changed; every later one is a copy.
+
+    Every process of a run has one, but the folder is rank 0's: what lies in it goes to the others by `has`, `read`,
+    `network`, and from them nothing comes back.
+    """
 
     recipe: Recipe
-    folder: RunFolder
+    folder: RunFolder  # to be touched inside ranks.first only
     dense: nn.Module
     info: ModelInfo
     data: Data
@@ -57,19 +61,32 @@ class Run:
     @property
     def prepared(self) -> dict[str, Any]:
         """What the first stage found out about the dense network."""
-        return self.folder.read("state/prepare.json")
+        return self.read("state/prepare.json")
+
+    def has(self, name: str) -> bool:
+        return ranks.first(lambda: self.folder.has(name))
+
+    def read(self, name: str) -> dict[str, Any]:
+        return ranks.first(lambda: self.folder.read(name))
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Keep rank 0's content."""
+        ranks.first(lambda: self.folder.write(name, content))
 
     def loader(self, split: Split, *, train: bool = False, seed: int = 0) -> Loader:
+        """This process's share of the batches; all of them inside ranks.first."""
         mean, std = inputs.normalisation(self.info)
         return data.loader(
             split,
-            batch_size=self.recipe.train.batch_size,
+            batch_size=ranks.share(self.recipe.train.batch_size),
             mean=mean,
             std=std,
             train=train,
             augment=self.recipe.data.augment,
             seed=self.recipe.seed + seed,
             device=self.device.device,
+            rank=ranks.rank(),
+            world=ranks.world(),
         )
 
     def example(self, count: int = 1) -> Tensor:
@@ -79,13 +96,13 @@ class Run:
     def costs(self, model: nn.Module) -> cost.Costs:
         """The network's costs; bytes include what the dense ONNX file holds beside the weights, once that is known."""
         found = cost.measure(model, self.example())
-        beside = self.prepared["beside_weights"] if self.folder.has("state/prepare.json") else 0.0
+        beside = self.prepared["beside_weights"] if self.has("state/prepare.json") else 0.0
         return replace(found, fixed={**found.fixed, "size": beside})
 
     def network(self, name: str) -> nn.Module:
         """The network as a stage left it in `name`, on the CPU."""
         model = copy.deepcopy(self.dense)
-        checkpoint.load_into(model, checkpoint.read(self.folder.path / name))
+        _load(model, self.folder.path / name)
         return model.eval()
 
     def save(self, name: str, model: nn.Module, *, pruned: bool = True) -> None:
@@ -95,10 +112,11 @@ class Run:
             "target": prune.keep,
             "metric": prune.metric,
             "seed": self.recipe.seed,
-            "source_sha256": self.folder.read("env.json")["source_sha256"],
+            "source_sha256": self.read("env.json")["source_sha256"],
         }
         info = self.info.model_copy(update={"pruned": pruned, "origin": origin, "data": self.public_data})
-        checkpoint.save(self.folder.path / name, model, info, integers=underived(model, self.dense))
+        integers = underived(model, self.dense)
+        ranks.first(lambda: checkpoint.save(self.folder.path / name, model, info, integers=integers))
 
     @property
     def public_data(self) -> str | None:
@@ -138,7 +156,7 @@ class Run:
 
         def on_progress(progress: Progress) -> None:
             self.emit(Event(settings.phase, progress=progress))
-            if progress.top1 is not None:
+            if progress.top1 is not None and ranks.is_first():
                 self._note_epoch(settings.phase, progress)
 
         outcome = finetune(
@@ -152,7 +170,7 @@ class Run:
             state=self.folder.path / "state" / f"{settings.phase}.pt",
             on_progress=on_progress,
         )
-        self._settle_metrics(settings.phase, outcome)
+        ranks.first(lambda: self._settle_metrics(settings.phase, outcome))
         return outcome
 
     def _note_epoch(self, phase: str, progress: Progress) -> None:
@@ -177,7 +195,8 @@ def open_run(
     emit(Event("load"))
     part = recipe.data
     device = accelerator(recipe.device, recipe.train.precision, recipe.train.trackers, folder.path / "trackers")
-    _check_bench(recipe)
+    ranks.first(lambda: _check_bench(recipe))
+    ranks.share(recipe.train.batch_size)
     info = info.model_copy(update={"mean": part.mean or info.mean, "std": part.std or info.std})
     loaded = inputs.load_data(
         info,
@@ -187,23 +206,38 @@ def open_run(
         seed=recipe.seed,
         max_unreadable=part.max_unreadable,
     )
+    _check_same(loaded)
     for note in loaded.notes:
         emit(Event("load", note))
-    if folder.has("state/info.json"):
-        info = ModelInfo.model_validate(folder.read("state/info.json"))
-        checkpoint.load_into(model, checkpoint.read(folder.path / "state" / "dense.safetensors"))
-    else:
+
+    def settle() -> dict[str, Any]:
+        if folder.has("state/info.json"):
+            return folder.read("state/info.json")
         if info.mean is None or info.std is None:
-            emit(
-                Event(
-                    "load", "normalisation measured on the training images; set data.mean and data.std if you know it"
-                )
-            )
-        info = complete(info, loaded)
+            text = "normalisation measured on the training images; set data.mean and data.std if you know it"
+            emit(Event("load", text))
+        completed = complete(info, loaded)
         folder.write("env.json", {**describe(), "seed": recipe.seed, "source_sha256": source_sha256})
-        checkpoint.save(folder.path / "state" / "dense.safetensors", model, info)
-        folder.write("state/info.json", info.model_dump(mode="json"))
-    return Run(recipe, folder, model.eval(), info, loaded, device, emit)
+        checkpoint.save(folder.path / "state" / "dense.safetensors", model, completed)
+        kept = completed.model_dump(mode="json")
+        folder.write("state/info.json", kept)
+        return kept
+
+    settled = ModelInfo.model_validate(ranks.first(settle))
+    _load(model, folder.path / "state" / "dense.safetensors")
+    return Run(recipe, folder, model.eval(), settled, loaded, device, emit)
+
+
+def _load(model: nn.Module, path: Path) -> None:
+    """Fill the network with the weights in a file of rank 0's."""
+    checkpoint.load_into(model, checkpoint.decode(ranks.first(lambda: checkpoint.contents(path)), path))
+
+
+def _check_same(loaded: Data) -> None:
+    """Shares of different data are no shares."""
+    is_other = loaded.fingerprint != ranks.first(lambda: loaded.fingerprint)
+    if ranks.summed(torch.tensor(float(is_other))) > 0:
+        raise DataError(f"the processes find different images in {loaded.name}; give every machine the same data")
 
 
 def _check_bench(recipe: Recipe) -> None:

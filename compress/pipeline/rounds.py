@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from compress import cost, sparse, train
+from compress import cost, ranks, sparse, train
 from compress.bench.machine import vector_block
 from compress.errors import PruneError, UsageError
 from compress.groups import Group, trace
@@ -36,12 +37,12 @@ def sparsify(run: Run) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     for index, count in enumerate(counts):
         name = f"round-{index + 1}"
-        if not run.folder.has(f"state/{name}.json"):
+        if not run.has(f"state/{name}.json"):
             model = run.network(f"state/round-{index}.safetensors") if index else copy.deepcopy(run.dense)
             before = found[-1]["regularizers"] if found else None
             keep = target ** ((index + 1) / len(counts))
-            run.folder.write(f"state/{name}.json", _round(run, model, _Round(name, count, keep, before)))
-        found.append(run.folder.read(f"state/{name}.json"))
+            run.write(f"state/{name}.json", _round(run, model, _Round(name, count, keep, before)))
+        found.append(run.read(f"state/{name}.json"))
     return {"rounds": found, "history": [line for result in found for line in result["history"]]}
 
 
@@ -122,7 +123,12 @@ def _cut(run: Run, model: nn.Module, groups: Sequence[Group], scores: Scores, ke
     if zeros.is_fine(run.recipe):
         return sparse.thin(model, keep=keep, worth=scores).model_dump(mode="json")
     whole = run.prepared["dense"][run.recipe.prune.metric]
-    plan = select_as(run.recipe, groups, scores, run.costs(model), keep=keep, whole=whole)
+    costs = run.costs(model)
+
+    def choose() -> dict[str, Any]:
+        return select_as(run.recipe, groups, scores, costs, keep=keep, whole=whole).model_dump(mode="json")
+
+    plan = Plan.model_validate(ranks.first(choose))
     apply(model, groups, plan)
     if run.recipe.prune.redraw:
         redraw(model, run.recipe.seed)
@@ -131,7 +137,7 @@ def _cut(run: Run, model: nn.Module, groups: Sequence[Group], scores: Scores, ke
 
 def teacher(run: Run) -> nn.Module:
     """The uncut network with the better validation top-1: as given, or after the first sparse training."""
-    trained = run.folder.read("state/round-1.json")["val_top1"]["trained"]
+    trained = run.read("state/round-1.json")["val_top1"]["trained"]
     is_better = trained is not None and trained > run.prepared["dense"]["val_top1"]
     return run.on_device(run.network("state/sparse.safetensors") if is_better else copy.deepcopy(run.dense))
 
@@ -193,11 +199,16 @@ def _scores(run: Run, model: nn.Module, groups: Sequence[Group], regularizers: S
     name = prune.score or (prune.method if prune.method in SCORES else "")
     if not name:
         return regularizers[0].scores()
-    # a loader of its own: its order depends on the seed alone, so that a resumed run scores the same images
-    batches = islice(run.loader(run.data.train, train=True), SCORE_BATCHES) if name in DATA_DRIVEN else None
-    if name == "random":
-        return SCORES[name](model, groups, seed=run.recipe.seed)  # type: ignore[call-arg]
-    return SCORES[name](model, groups, batches)
+
+    def score() -> Scores:
+        # a loader of its own: its order depends on the seed alone, so that a resumed run scores the same images
+        batches = islice(run.loader(run.data.train, train=True), SCORE_BATCHES) if name in DATA_DRIVEN else None
+        if name == "random":
+            return SCORES[name](model, groups, seed=run.recipe.seed)  # type: ignore[call-arg]
+        return SCORES[name](model, groups, batches)
+
+    told = ranks.first(lambda: {group: values.tolist() for group, values in score().items()})
+    return {group: torch.tensor(values) for group, values in told.items()}
 
 
 def select_as(

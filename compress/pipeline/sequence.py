@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from compress import ranks
 from compress.checkpoint import ModelInfo
 from compress.folder import RunFolder
 from compress.pipeline.context import Event, OnEvent, open_run
-from compress.pipeline.stages import STAGES
+from compress.pipeline.stages import STAGES, TOGETHER
 from compress.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,8 @@ def run(
 ) -> dict[str, Any]:
     """Prune `model` as `recipe` says and leave the evidence in `folder`; what is there already is not done again.
 
+    Several processes all call this, and all train; rank 0 alone touches the folder, measures and sends events.
+
     Args:
         model: the dense network with its weights, on the CPU; not changed. When the folder holds a copy of the dense
             weights already (a resumed run), those are taken.
@@ -43,22 +47,34 @@ def run(
         CompressError: every expected failure, with its exit code; the folder stays resumable.
     """
 
-    def emit(event: Event) -> None:
-        _log(event)
-        on_event(event)
+    ranks.join()
+    is_first = ranks.is_first()
 
-    with folder.lock(), _log_file(folder), _threads(recipe.threads):
+    def emit(event: Event) -> None:
+        if is_first:
+            _log(event)
+            on_event(event)
+
+    with ExitStack() as held, _threads(recipe.threads):
+        ranks.first(lambda: _hold(held, folder))
         opened = open_run(recipe, model, info, folder, source_sha256, emit)
         for name, stage in STAGES.items():
-            if folder.has(f"state/{name}.json"):
+            if opened.has(f"state/{name}.json"):
                 continue
             emit(Event(name))
             began = time.perf_counter()
-            result = stage(opened)
+            result = stage(opened) if name in TOGETHER else ranks.first(partial(stage, opened))
             seconds = max(time.perf_counter() - began, sum(e["seconds"] for e in result.get("history", ())))
-            folder.write(f"state/{name}.json", {**result, "seconds": seconds})
-        opened.device.end_training()
-        return folder.read("report.json")
+            opened.write(f"state/{name}.json", {**result, "seconds": seconds})
+        for tracker in opened.device.trackers:  # Accelerator.end_training would part the processes too
+            tracker.finish()
+        return opened.read("report.json")
+
+
+def _hold(held: ExitStack, folder: RunFolder) -> None:
+    """The folder is this process's, and its log open, until the run ends."""
+    held.enter_context(folder.lock())
+    held.enter_context(_log_file(folder))
 
 
 def _log(event: Event) -> None:

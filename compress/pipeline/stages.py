@@ -116,7 +116,7 @@ def export(run: Run) -> dict[str, Any]:
             f"the file is {share:.4f} of the dense one, above the target {run.recipe.prune.keep:g}; ask for less",
             lowest=share,
         )
-    run.folder.write("parity.json", found)
+    run.write("parity.json", found)
     return found
 
 
@@ -126,14 +126,14 @@ def measure(run: Run) -> dict[str, Any]:
     files = [run.folder.path / "dense.onnx", run.folder.path / "model.onnx"]
     comparison = benchmark(files, batch=part.batch, threads=part.threads, runtime=part.runtime, seed=run.recipe.seed)
     found = comparison.model_dump(mode="json")
-    run.folder.write("bench.json", found)
+    run.write("bench.json", found)
     return found
 
 
 def write_report(run: Run) -> dict[str, Any]:
     """The measured numbers with their conditions, for machines and for people."""
     pruned = run.network("pruned.safetensors")
-    stages = {name: run.folder.read(f"state/{name}.json") for name in STAGES if run.folder.has(f"state/{name}.json")}
+    stages = {name: run.read(f"state/{name}.json") for name in STAGES if run.has(f"state/{name}.json")}
     widths = dict(stages["prepare"]["widths"])
     for found in stages["sparse"]["rounds"]:
         widths.update({name: len(kept) for name, kept in found["plan"].get("kept", {}).items()})
@@ -142,7 +142,7 @@ def write_report(run: Run) -> dict[str, Any]:
     dense = stages["prepare"]["widths"]
     facts = {
         "recipe": run.recipe.model_dump(mode="json"),
-        "env": run.folder.read("env.json"),
+        "env": run.read("env.json"),
         "info": run.info.model_dump(mode="json"),
         "stages": stages,
         "pruned": _figures(pruned, run.example(), is_fine=zeros.is_fine(run.recipe)),
@@ -157,6 +157,7 @@ def write_report(run: Run) -> dict[str, Any]:
     return {}
 
 
+TOGETHER = frozenset({"sparse", "recover"})  # the stages in which all processes work; rank 0 does the others alone
 # name -> stage; each writes state/NAME.json, and a stage whose file is there is not run again
 STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
     "prepare": prepare,
@@ -207,7 +208,7 @@ def _metadata(run: Run, model: nn.Module, example: Tensor, name: str) -> dict[st
         "target": prune.keep if name == "pruned" else 1.0,
         "metric": prune.metric,
         "seed": run.recipe.seed,
-        "source_sha256": run.folder.read("env.json")["source_sha256"],
+        "source_sha256": run.read("env.json")["source_sha256"],
         "arch": run.info.arch,
         "data": run.public_data or "",
         "labels": list(run.info.labels or ()),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from compress import ranks
 from compress.errors import UsageError
 from compress.groups import Group, Slice
 from compress.groups.parts import weights
@@ -41,7 +42,7 @@ class CkaSr:
     looked at, once, then the last of each period.
 
     The score is redundancy, by leave-one-channel-out; see `scores`. It is watched during training, from the same
-    images, and averaged over about the last ten looks.
+    images, and averaged over about the last ten looks, and over the processes that train together.
 
     Args:
         beta: 1e-4 for CIFAR, 1e-5 for ImageNet in the paper; `scale_penalty` changes it.
@@ -186,8 +187,11 @@ class CkaSr:
                     own = own.view(group.size, part.block, *own.shape[1:]).sum(1)
                     found.setdefault(group.name, []).append(leave_one_out(centred(own), whole, others))
         self._looks += 1
-        for name, values in found.items():
-            new = torch.stack(values).mean(0)
+        if not found:
+            return
+        means = {name: torch.stack(values).mean(0) for name, values in found.items()}
+        shared = torch.split(ranks.averaged(torch.cat(list(means.values()))), [len(mean) for mean in means.values()])
+        for name, new in zip(means, shared, strict=True):
             old = self._worth.get(name, torch.zeros_like(new)).to(new)
             self._worth[name] = old + (new - old) / min(self._looks, MEMORY)
 
