@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from compress.checkpoint import load as load
     from compress.cost import measure as measure
     from compress.export import to_onnx as to_onnx
+    from compress.folding import fold as fold
     from compress.groups import Group as Group
     from compress.groups import Slice as Slice
     from compress.groups import trace as trace
@@ -31,6 +32,7 @@ _PLACES = {
     "Slice": "compress.groups:Slice",
     "apply": "compress.plan:apply",
     "benchmark": "compress.bench:benchmark",
+    "fold": "compress.folding:fold",
     "load": "compress.checkpoint:load",
     "measure": "compress.cost:measure",
     "regularize": "compress.regularize:",

@@ -67,6 +67,7 @@ class PrunePart(BaseModel):
     allocation: Literal["balanced", "uniform", "relative", "global"] = Field(
         "balanced", description="how layers compete: compress/allocation.py"
     )
+    fold: bool = Field(True, description="refit the layers behind a cut by least squares: compress/folding.py")
     redraw: bool = Field(False, description="draw new weights after the cut: the control, trained from scratch")
     floor: float = Field(0.5, ge=0, le=1, description="least width of a layer, as a share of the even width")
     rounds: int = Field(1, ge=1, le=100, description="sparse training and cut, this often, on a geometric path to keep")

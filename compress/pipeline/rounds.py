@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from compress import cost, ranks, sparse, train
 from compress.bench.machine import vector_block
 from compress.errors import PruneError, UsageError
+from compress.folding import fold
 from compress.groups import Group, trace
 from compress.pipeline import zeros
 from compress.pipeline.context import Event, Run
@@ -27,6 +28,7 @@ from compress.structure import redraw
 from compress.train import numbers
 
 SCORE_BATCHES = 8  # training batches that a data-driven score sees: about a thousand images, in seconds (ours)
+FOLD_BATCHES = 8  # training batches that the fold sees, likewise
 SIZE_MARGIN = 0.005  # by how much a file's size is undercut: the bytes of its graph change a little with the widths
 
 
@@ -129,7 +131,12 @@ def _cut(run: Run, model: nn.Module, groups: Sequence[Group], scores: Scores, ke
         return select_as(run.recipe, groups, scores, costs, keep=keep, whole=whole).model_dump(mode="json")
 
     plan = Plan.model_validate(ranks.first(choose))
+    before = copy.deepcopy(model)
     apply(model, groups, plan)
+    if run.recipe.prune.fold:
+        images = (batch for batch, _ in islice(run.loader(run.data.train, train=True), FOLD_BATCHES))
+        fold(run.on_device(model), run.on_device(before), groups, plan.kept, images)
+        model.cpu()
     if run.recipe.prune.redraw:
         redraw(model, run.recipe.seed)
     return plan.model_dump(mode="json")
