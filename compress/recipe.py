@@ -53,7 +53,7 @@ class PrunePart(BaseModel):
     """How much leaves, and which channels."""
 
     model_config = _FROZEN
-    method: str = Field("halo", description="a regulariser with its own score, or a score alone")
+    method: str = Field("l2", description="a regulariser with its own score, or a score alone; benchmarks/LOG.md")
     regularize: tuple[str, ...] = Field((), description="further regularisers, added to the method's")
     score: str = Field("", description="importance; empty: the method's own")
     granularity: Literal["filter", "weight"] = Field(
