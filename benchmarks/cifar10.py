@@ -44,11 +44,31 @@ FILTERS: dict[str, tuple[str, ...]] = {
     "growing-reg": ("--method", "growing-reg"),
     "random": ("--method", "random"),
 }
-WEIGHTS: dict[str, tuple[str, ...]] = {
-    "halo": ("--method", "halo"),
-    "magnitude": ("--method", "l1"),
-    "lasso": ("--method", "lasso"),
-}
+# A bad start for 5 %: early layers nearly dense, late ones nearly empty; scaled to the density, floors respected.
+_STAGES = {1: 0.9, 2: 0.05, 3: 0.005}
+BAD = {f"layer{s}.{b}.conv{c}.weight": share for s, share in _STAGES.items() for b in range(3) for c in (1, 2)}
+SPARSE_TRAINING = ("ggr", "rigl", "set", "static-erk")
+
+
+def weights_rows() -> dict[str, tuple[str, ...]]:
+    """Single weights: cut by size after a penalty, or trained sparse from two starts; each alone and with CKA-SR."""
+    rows = {
+        "halo": ("--method", "halo"),
+        "magnitude": ("--method", "l1"),
+        "lasso": ("--method", "lasso"),
+    }
+    for name in SPARSE_TRAINING:
+        paces = {} if name == "static-erk" else {"interval": 50}  # a short training changes places more often
+        for start, initial in (("", {}), (", bad start", {"initial": BAD})):
+            options = json.dumps({name: {**paces, **initial}})
+            rows[name + start] = (
+                *("--method", name, "--set", "train.sparse_share=0.8", "--set", f"prune.options={options}"),
+            )
+    both = {f"{name} + cka-sr": (*options, "--regularize", "cka-sr") for name, options in rows.items()}
+    return {name: ("--granularity", "weight", *options) for name, options in (rows | both).items()}
+
+
+WEIGHTS = weights_rows()
 TABLES = {"filters": FILTERS, "weights": WEIGHTS}
 
 
