@@ -43,6 +43,11 @@ FILTERS: dict[str, tuple[str, ...]] = {
     "group-sparsity": ("--method", "group-sparsity"),
     "growing-reg": ("--method", "growing-reg"),
     "random": ("--method", "random"),
+    # ways to mend the four, see LOG.md
+    "halo, penalty_share 300": ("--method", "halo", "--set", "prune.penalty_share=300"),
+    "halo, one sparse epoch of five": ("--method", "halo", "--set", "train.sparse_share=0.2"),
+    "ffr + l2": ("--method", "ffr", "--score", "l2"),
+    "growing-reg, penalty_share 10": ("--method", "growing-reg", "--set", "prune.penalty_share=10"),
 }
 # A bad start for 5 %: early layers nearly dense, late ones nearly empty; scaled to the density, floors respected.
 _STAGES = {1: 0.9, 2: 0.05, 3: 0.005}
