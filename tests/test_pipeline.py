@@ -181,8 +181,8 @@ def test_what_cannot_work_is_refused_before_anything_is_done(
     root: Path, tmp_path: Path, arguments: list[str], code: int, text: str
 ) -> None:
     out = [] if arguments == ["--resume"] else ["--out", str(tmp_path / "run")]
-    given = ["prune", "models/digits_resnet20.pt", "--set", "data.image_size=8", "--epochs", "2", *arguments, *out]
-    process = start(root, *given)
+    given = ["prune", "models/digits_resnet20.pt", "--method", "halo", "--epochs", "2", *arguments, *out]
+    process = start(root, *given, "--set", "data.image_size=8")
     _, err = process.communicate(timeout=120)
     assert process.returncode == code and text in err.replace("\n", " "), err
     assert not (tmp_path / "run").exists()  # no stub is left behind
