@@ -224,7 +224,7 @@ def test_compiling_pays_only_for_long_training(batches, device, monkeypatch: pyt
     model = network()
     assert not train.compile_pays(model, batches[0], epochs=1, device=device)
     assert train.compile_pays(model, batches[0], epochs=10**7, device=device)
-    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    monkeypatch.setattr("compress.train.device.shutil.which", lambda name: None)
     assert not train.compile_pays(model, batches[0], epochs=10**7, device=device)
 
 

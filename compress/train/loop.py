@@ -12,138 +12,30 @@ from __future__ import annotations
 import io
 import logging
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from compress import ranks
 from compress.data import Loader
-from compress.errors import DivergedError, PruneError, TrackerError, UsageError
+from compress.errors import DivergedError, PruneError, UsageError
 from compress.files import atomic_path
 from compress.regularize import Regularizer
+from compress.train.device import seeded
+from compress.train.evaluate import evaluate
+from compress.train.objective import Losses, shared
+from compress.train.settings import Outcome, Progress, Settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
-# What torch.compile costs and gains on two cores: 45 s for the 65 layers of ResNet-20 and no end in sight after ten
-# minutes for ResNet-56 on a busy machine; 4 to 26 % of a bf16 step. Hence the caution: benchmarks/LOG.md.
-COMPILE_SECONDS_PER_LAYER = 3.0
-COMPILE_GAIN = 0.1
 LEAST_LOSS = 0.1  # of the loss of guessing, ln(classes); see _Phase.calibrate
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How one phase trains. Units and sources: compress/recipe.py, TrainPart."""
-
-    epochs: int
-    lr: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    warmup: float = 0.1
-    label_smoothing: float = 0.0
-    clip_norm: float = 5.0
-    distill: float = 0.0
-    temperature: float = 4.0
-    penalty_share: float | None = None  # calibrate the regularisers at the start; None: as they are
-    fixed: frozenset[int] = frozenset()  # places of the regularisers that keep their strength all the same
-    keep_best: bool = False  # end with the weights of the best validation epoch, not the last
-    compile: bool = False
-    seed: int = 0
-    phase: str = "training"  # its name in error texts
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a phase stands; top1 in percent on the validation split, None until the epoch's end."""
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    loss: float
-    penalty: float
-    images_per_second: float
-    seconds_left: float
-    top1: float | None = None
-
-
-@dataclass
-class Outcome:
-    """What a phase leaves behind, beside the trained network."""
-
-    history: list[dict[str, float]] = field(default_factory=list)  # per epoch: loss, penalty, val_top1, lr, seconds
-    best_top1: float = -1.0
-    best_epoch: int = -1
-    last_top1: float = -1.0
-    strengths: list[dict[str, float]] = field(default_factory=list)
-
-
-def accelerator(
-    device: str = "auto", precision: str = "auto", trackers: Sequence[str] = (), folder: Path | None = None
-) -> Accelerator:
-    """The accelerate object of a run: device, autocast and processes.
-
-    precision `auto` takes bf16 where the CPU (AVX512-BF16 or AMX) or the GPU has it in hardware.
-
-    Raises:
-        UsageError: a device that is unknown or not here. TrackerError: a tracker that is unknown or not installed.
-    """
-    _check_device(device)
-    ranks.join()
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-
-    if device.startswith("cuda:"):
-        torch.cuda.set_device(device)
-    AcceleratorState._reset_state()  # one process may run several prunings, each with its own precision
-    PartialState._reset_state()
-    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    bf16 = precision == "bf16" or (precision == "auto" and has_bf16(on_cpu))
-    precision = "bf16" if bf16 else "no"
-    if not trackers:
-        return Accelerator(cpu=on_cpu, mixed_precision=precision)
-    try:
-        made = Accelerator(cpu=on_cpu, mixed_precision=precision, log_with=list(trackers), project_dir=folder)
-    except ValueError as error:
-        raise TrackerError(f"train.trackers = {list(trackers)}: {str(error).splitlines()[0]}") from error
-    made.init_trackers("compress")
-    if len(made.trackers) < len(trackers):
-        here = ", ".join(tracker.name for tracker in made.trackers) or "none"
-        raise TrackerError(
-            f"of the trackers {', '.join(trackers)}, only these are installed here: {here}; pip install them"
-        )
-    return made
-
-
-def _check_device(device: str) -> None:
-    kind, _, number = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
-        raise UsageError(f"the device {device!r} is unknown; allowed are auto, cpu, cuda and cuda:N")
-    if number and ranks.launched()[1] > 1:
-        raise UsageError(f"the device {device} is one GPU for several processes; take cuda, which gives one to each")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"there is no device {device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
-
-
-def has_bf16(on_cpu: bool) -> bool:
-    """Whether bfloat16 products run in hardware here."""
-    if on_cpu:
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def finetune(
@@ -215,139 +107,6 @@ def finetune(
         phase.close()
 
 
-def evaluate(model: nn.Module, loader: Loader, *, device: Accelerator) -> tuple[float, float]:
-    """Top-1 in percent and mean cross-entropy over every image of `loader`, in the run's precision.
-
-    Of several processes each goes through its loader's images, and all get the figures of all images, each counted
-    once. No batch norm differs between them: `model` must be the same everywhere.
-    """
-    was_training = model.training
-    model.eval()
-    right, loss, total = 0.0, 0.0, 0.0
-    with torch.no_grad(), device.autocast():
-        for images, labels in loader:
-            logits = model.forward(images).float()  # not the call: evaluation is never worth compiling
-            right += int((logits.argmax(1) == labels).sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            total += len(labels)
-    model.train(was_training)
-    right, loss, total = ranks.summed(torch.tensor([right, loss, total], dtype=torch.float64)).tolist()
-    return 100 * right / total, loss / total
-
-
-def recalibrate(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: Accelerator, batches: int = 40
-) -> None:
-    """Measure the statistics of every batch norm anew over `batches` batches, plain averages, weights untouched.
-
-    After a cut the old ones belong to another network, and judging it by them would be unfair. Of several processes
-    each measures over its own batches, and all get the averages.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms:
-        return
-    momenta = [norm.momentum for norm in norms]
-    was_training = model.training
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
-        norm.train()
-    with torch.no_grad(), device.autocast():
-        for images, _ in islice(loader, batches):
-            model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        for statistic in (norm.running_mean, norm.running_var):
-            assert statistic is not None
-            statistic.copy_(ranks.averaged(statistic))
-    model.train(was_training)
-
-
-def compile_pays(model: nn.Module, loader: Loader, *, epochs: int, device: Accelerator) -> bool:
-    """Whether torch.compile would win back its own time in a phase of `epochs`: a few eager steps are timed on `model`.
-
-    Every phase compiles anew, for its own widths. Without a C++ compiler, and on short training, it never pays.
-    """
-    if shutil.which("c++") is None:
-        return False
-    model.train()
-    seconds = []
-    with _seeded(0):
-        for images, labels in islice(loader, 4):
-            began = time.perf_counter()
-            with device.autocast():
-                loss = F.cross_entropy(model(images).float(), labels)
-            loss.backward()  # type: ignore[no-untyped-call]
-            float(loss.detach())
-            seconds.append(time.perf_counter() - began)
-    layers = sum(not list(module.children()) for module in model.modules())
-    return min(seconds) * len(loader) * epochs * COMPILE_GAIN > layers * COMPILE_SECONDS_PER_LAYER
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Dropout and the like draw from `seed` inside, and leave the global random state as it was."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
-class _Losses(nn.Module):
-    """What is minimised, as one module: wrapped for several processes, all that it holds gets one mean gradient a step.
-
-    The penalties are part of the forward pass, or a parameter that they alone reach would be left out of the means.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: Settings,
-        device: Accelerator,
-        regularizers: Sequence[Regularizer],
-        teacher: nn.Module | None,
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.own = nn.ParameterList(p for r in regularizers for p in r.parameters())
-        self.classes = 2  # until a batch has been seen
-        self._beside = settings, device, regularizers, teacher  # a tuple, or the teacher would be trained as a part
-
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum to minimise, and in it, without gradient, the cross-entropy and all penalties."""
-        settings, _, _, teacher = self._beside
-        task, distance, penalties = self.parts(images, labels)
-        weight = settings.distill if teacher is not None else 0.0
-        extra = torch.stack(penalties).sum() if penalties else torch.zeros_like(task)
-        return (1 - weight) * task + weight * distance + extra, task.detach(), extra.detach()
-
-    def parts(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Cross-entropy, divergence from the teacher (Hinton et al., arXiv 1503.02531, section 2), penalties."""
-        settings, device, regularizers, teacher = self._beside
-        with device.autocast():
-            logits = self.model(images).float()
-            self.classes = logits.shape[1]
-            penalties = [r.penalty().to(logits.device) for r in regularizers]
-        task = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
-        if teacher is None:
-            return task, torch.zeros_like(task), penalties
-        heat = settings.temperature
-        with torch.no_grad(), device.autocast():
-            soft = F.log_softmax(teacher(images).float() / heat, 1)
-        distance = F.kl_div(F.log_softmax(logits / heat, 1), soft, reduction="batchmean", log_target=True) * heat**2
-        return task, distance, penalties
-
-
-def _shared(losses: _Losses, device: Accelerator) -> DistributedDataParallel:
-    """The wrapper that averages gradients over the processes, for one phase: a cut network needs another.
-
-    Parameters that a step does not reach are looked for, since on the next step the others would wait for theirs.
-    """
-    losses.spare = nn.Parameter(torch.zeros((), device=device.device))  # torch warns of a search that finds nothing
-    where = [device.device] if device.device.type == "cuda" else None
-    return DistributedDataParallel(losses, device_ids=where, find_unused_parameters=True)
-
-
 class _Phase:
     """One phase's loop: the optimiser and what an epoch changes."""
 
@@ -364,8 +123,8 @@ class _Phase:
         self.model = model.to(device.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         teacher = teacher.to(device.device).eval() if teacher is not None and settings.distill > 0 else None
         self.steps = len(train)
-        self.losses = _Losses(self.model, settings, device, regularizers, teacher)
-        self.objective = _shared(self.losses, device) if ranks.world() > 1 else self.losses
+        self.losses = Losses(self.model, settings, device, regularizers, teacher)
+        self.objective = shared(self.losses, device) if ranks.world() > 1 else self.losses
         self.best: dict[str, Tensor] | None = None
         self.optimizer = torch.optim.SGD(
             _parameter_groups(model, regularizers, settings),
@@ -422,7 +181,7 @@ class _Phase:
         self.model.train()
         self.train.set_epoch(0)
         found = torch.zeros(1 + len(self.regularizers), dtype=torch.float64)
-        with _seeded(self.settings.seed):
+        with seeded(self.settings.seed):
             for images, labels in islice(self.train, 4):
                 loss, _, penalties = self.losses.parts(images, labels)
                 found[0] += max(float(loss.detach()), LEAST_LOSS * math.log(self.losses.classes))

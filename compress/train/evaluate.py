@@ -1,0 +1,66 @@
+"""How good a network is, and the statistics of its batch norms measured anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress import ranks
+from compress.data import Loader
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def evaluate(model: nn.Module, loader: Loader, *, device: Accelerator) -> tuple[float, float]:
+    """Top-1 in percent and mean cross-entropy over every image of `loader`, in the run's precision.
+
+    Of several processes each goes through its loader's images, and all get the figures of all images, each counted
+    once. No batch norm differs between them: `model` must be the same everywhere.
+    """
+    was_training = model.training
+    model.eval()
+    right, loss, total = 0.0, 0.0, 0.0
+    with torch.no_grad(), device.autocast():
+        for images, labels in loader:
+            logits = model.forward(images).float()  # not the call: evaluation is never worth compiling
+            right += int((logits.argmax(1) == labels).sum())
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            total += len(labels)
+    model.train(was_training)
+    right, loss, total = ranks.summed(torch.tensor([right, loss, total], dtype=torch.float64)).tolist()
+    return 100 * right / total, loss / total
+
+
+def recalibrate(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: Accelerator, batches: int = 40
+) -> None:
+    """Measure the statistics of every batch norm anew over `batches` batches, plain averages, weights untouched.
+
+    After a cut the old ones belong to another network, and judging it by them would be unfair. Of several processes
+    each measures over its own batches, and all get the averages.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    was_training = model.training
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+        norm.train()
+    with torch.no_grad(), device.autocast():
+        for images, _ in islice(loader, batches):
+            model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        for statistic in (norm.running_mean, norm.running_var):
+            assert statistic is not None
+            statistic.copy_(ranks.averaged(statistic))
+    model.train(was_training)

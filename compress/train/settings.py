@@ -1,0 +1,52 @@
+"""What a phase of training is told, and what it says: settings, progress, outcome."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one phase trains. Units and sources: compress/recipe.py, TrainPart."""
+
+    epochs: int
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.1
+    label_smoothing: float = 0.0
+    clip_norm: float = 5.0
+    distill: float = 0.0
+    temperature: float = 4.0
+    penalty_share: float | None = None  # calibrate the regularisers at the start; None: as they are
+    fixed: frozenset[int] = frozenset()  # places of the regularisers that keep their strength all the same
+    keep_best: bool = False  # end with the weights of the best validation epoch, not the last
+    compile: bool = False
+    seed: int = 0
+    phase: str = "training"  # its name in error texts
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a phase stands; top1 in percent on the validation split, None until the epoch's end."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    penalty: float
+    images_per_second: float
+    seconds_left: float
+    top1: float | None = None
+
+
+@dataclass
+class Outcome:
+    """What a phase leaves behind, beside the trained network."""
+
+    history: list[dict[str, float]] = field(default_factory=list)  # per epoch: loss, penalty, val_top1, lr, seconds
+    best_top1: float = -1.0
+    best_epoch: int = -1
+    last_top1: float = -1.0
+    strengths: list[dict[str, float]] = field(default_factory=list)
