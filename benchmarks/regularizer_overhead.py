@@ -44,7 +44,7 @@ from compress.train import accelerator, has_bf16
 RESULTS = Path(__file__).parent / "results"
 NETWORKS = {"resnet20": 5, "resnet56": 3, "vgg16_bn": 2}  # name -> rounds of STEPS steps (or of a period)
 STEPS = 5  # of a round, with and without
-VARIANTS: dict[str, Callable[[], Regularizer]] = {
+VARIANTS: dict[str, Callable[..., Regularizer]] = {
     "halo": Halo,
     "halo-sgd": lambda: Halo(solver="sgd"),
     "halo-weight": lambda: Halo(granularity="weight"),
@@ -62,10 +62,10 @@ class Period:
     steps: int
     acting: int
     measured: int
-    attribute: str = "period"  # where the regulariser keeps its period
 
 
-PERIODS = {"cka-sr": Period(5, 1, 5), "ggr": Period(100, 4, 10)}
+UPDATES = Period(100, 4, 10)  # of a topology: the gradients of four batches, an update with the last
+PERIODS = {"cka-sr": Period(5, 1, 5), "ggr": UPDATES, "rigl": UPDATES, "set": UPDATES}
 EVERY = Period(1, 1, 1)
 Step = Callable[[], float]
 
@@ -148,11 +148,7 @@ def gather(value: Any, found: dict[int, Tensor], seen: set[int]) -> None:
 
 def shortened(name: str) -> Regularizer:
     """The method, with the period that it is measured with."""
-    made, period = METHODS[name](), PERIODS.get(name)
-    if period is not None and period.measured != period.steps:
-        assert hasattr(made, period.attribute), f"{name} has no {period.attribute}: mend PERIODS"
-        setattr(made, period.attribute, period.measured)
-    return made
+    return METHODS[name](interval=UPDATES.measured) if PERIODS.get(name) == UPDATES else METHODS[name]()
 
 
 def mean_step(seconds: Sequence[float], period: Period) -> float:
