@@ -78,7 +78,7 @@ def baseline(bench: Bench, key: Key) -> dict[str, Any]:
     dense = ARCHS[bench.arch]()
     read = checkpoint.read(bench.dense)
     checkpoint.load_into(dense, read)
-    loaded = inputs.load_data(read.info, str(bench.data), seed=seed)
+    loaded = inputs.load_data(read.info, str(bench.data), val_share=bench.val_share, seed=seed)
     mean, std = inputs.normalisation(read.info)
 
     def loader(split: data.Split, *, training: bool = False) -> data.Loader:
@@ -100,10 +100,22 @@ def baseline(bench: Bench, key: Key) -> dict[str, Any]:
 def ours(bench: Bench, key: Key) -> dict[str, Any]:
     """`compress prune` with nothing but the target set; widths unrounded, as torch-pruning's are."""
     _, keep, seed = key
-    folder = bench.work / f"against-{keep:g}-{seed}"
+    folder = bench.work / f"{bench.table}-{bench.conditions}" / f"{keep:g}-{seed}"
     text = bench.call(
         *("prune", str(bench.dense), "--data", str(bench.data), "--target", str(keep), "--epochs", str(bench.epochs)),
-        *("--seed", str(seed), "--round-to", "1", "--device", "cpu", "--out", str(folder), "--resume"),
+        *(
+            "--set",
+            f"data.val_share={bench.val_share}",
+            "--seed",
+            str(seed),
+            "--round-to",
+            "1",
+            "--device",
+            "cpu",
+            "--out",
+            str(folder),
+            "--resume",
+        ),
     )
     return describe_run(json.loads(text))
 
@@ -118,12 +130,13 @@ def main() -> int:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.3, 0.15], help="shares of the parameters")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--val-share", type=float, default=0.02, help="of train, held out to choose the epoch by")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=2, help="of each run")
     parser.add_argument("--only-table", action="store_true", help="train nothing, print the table")
     given = parser.parse_args()
     paths = (given.checkpoints.resolve(), given.data.resolve(), given.work.resolve())
-    bench = Bench("against-torch-pruning", given.arch, given.epochs, *paths, given.threads)
+    bench = Bench("against-torch-pruning", given.arch, given.epochs, *paths, given.threads, given.val_share)
     lines = [json.loads(line) for line in bench.results.read_text().splitlines()] if bench.results.exists() else []
     done = {(line["row"], line["keep"], line["seed"]) for line in lines}
     keys = [(row, keep, seed) for seed in range(given.seeds) for keep in given.keep for row in given.rows]

@@ -4,7 +4,7 @@
 
 Every row starts from the same dense checkpoint (fine-tuned here once, for `--epochs` epochs), trains the same number of
 epochs on the same images, is selected on the validation split and reads the test split once. A finished run stands in
-benchmarks/results/cifar10-TABLE-ARCH-EPOCHS.jsonl with its seed, data hash, versions and figures, and is not made
+benchmarks/results/cifar10-TABLE-CONDITIONS.jsonl with its seed, data hash, versions and figures, and is not made
 again; an unfinished one is resumed at its last epoch. `--jobs 2 --threads 1` on two cores trains more images a second
 than one run with two threads. Latencies are not taken from here: the machine is busy.
 `--only-table` rewrites the table alone.
@@ -88,14 +88,19 @@ class Bench:
     data: Path
     work: Path  # the run folders and the dense checkpoint; not part of the project
     threads: int
+    val_share: float = 0.02
 
     @property
     def results(self) -> Path:
-        return RESULTS / f"cifar10-{self.table}-{self.arch}-{self.epochs}epochs.jsonl"
+        return RESULTS / f"cifar10-{self.table}-{self.conditions}.jsonl"
+
+    @property
+    def conditions(self) -> str:
+        return f"{self.arch}-{self.epochs}epochs-val{self.val_share:g}"
 
     @property
     def dense(self) -> Path:
-        return self.work / f"{self.arch}-dense-{self.epochs}epochs.safetensors"
+        return self.work / f"dense-{self.conditions}.safetensors"
 
     def call(self, *arguments: str) -> str:
         """The command line in a process of its own; its last line of stdout. Raises RuntimeError where it fails."""
@@ -118,11 +123,23 @@ class Job:
     def arguments(self, bench: Bench) -> list[str]:
         options = TABLES[bench.table][self.row]
         target = [] if "--target" in options else ["--target", f"{self.keep:g}"]
-        folder = bench.work / f"{bench.table}-{bench.arch}-{bench.epochs}epochs"
+        folder = bench.work / f"{bench.table}-{bench.conditions}"
         name = f"{_plain(self.row)}-{self.keep:g}-{self.seed}"
         return [
             *("prune", str(bench.dense), "--data", str(bench.data), "--epochs", str(bench.epochs)),
-            *("--seed", str(self.seed), "--round-to", "1", "--device", "cpu", "--out", str(folder / name), "--resume"),
+            *(
+                "--seed",
+                str(self.seed),
+                "--set",
+                f"data.val_share={bench.val_share}",
+                "--round-to",
+                "1",
+                "--device",
+                "cpu",
+                "--out",
+                str(folder / name),
+                "--resume",
+            ),
             *target,
             *options,
         ]
@@ -136,7 +153,19 @@ def train_dense(bench: Bench) -> None:
     weights = str(bench.checkpoints / CHECKPOINTS[bench.arch])
     bench.call(
         *("train", "--arch", bench.arch, "--init", weights, "--data", str(bench.data), "--epochs", str(bench.epochs)),
-        *("--lr", "0.05", "--seed", "0", "--device", "cpu", "--out", str(bench.dense), "--resume"),
+        *(
+            "--lr",
+            "0.05",
+            "--seed",
+            "0",
+            "--val-share",
+            str(bench.val_share),
+            "--device",
+            "cpu",
+            "--out",
+            str(bench.dense),
+            "--resume",
+        ),
     )
 
 
@@ -246,13 +275,14 @@ def main() -> int:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.3], help="shares of the parameters")
     parser.add_argument("--rows", nargs="+", help="some rows only")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--val-share", type=float, default=0.02, help="of train, held out to choose the epoch by")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=2, help="of each run")
     parser.add_argument("--only-table", action="store_true", help="train nothing, write the table")
     given = parser.parse_args()
     bench = Bench(
         given.table, given.arch, given.epochs, given.checkpoints.resolve(), given.data.resolve(), given.work.resolve(),
-        given.threads,
+        given.threads, given.val_share,
     )  # fmt: skip
     failed = 0
     if not given.only_table:

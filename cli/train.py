@@ -48,6 +48,9 @@ def train(
     image_size: Annotated[
         int | None, typer.Option("--image-size", min=4, help="Pixels a side; default: the network's")
     ] = None,
+    val_share: Annotated[
+        float, typer.Option("--val-share", help="Share of train held out where there is no val split, between 0 and 1")
+    ] = 0.1,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, auto")] = "auto",
     resume: Annotated[
@@ -77,9 +80,11 @@ def train(
         raise UsageError(f"--out {out} must end in .pt or .safetensors")
     if ranks.first(out.exists) and not force:
         raise UsageError(f"{out} exists already; choose another --out or give --force")
+    if not 0 < val_share < 1:
+        raise UsageError(f"--val-share {val_share:g} is out of range; it must be above 0 and below 1")
     given = _regularizers([*([method] if method else []), *(regularize or [])], density, set_ or [])
     arch_args = architectures.parse_arch_args(arch_arg or [])
-    loaded = load_data(data, image_size=image_size, seed=seed)
+    loaded = load_data(data, image_size=image_size, val_share=val_share, seed=seed)
     if init is not None:
         model, info, _ = load.network(init, arch, arch_args)
     else:
