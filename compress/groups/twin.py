@@ -1,0 +1,53 @@
+"""Copies of a network for trials: the structure is copied, the weights are shared until one is replaced."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+def shared(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose tensors are the model's own memory; none may be written in place."""
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach()
+    return copy.deepcopy(model, memo).eval()
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """A shared copy in which no vector and no weight is zero or all but zero, so that no branch is off in a trial.
+
+    A zero-initialised last norm of a residual branch, or a layer scale of 1e-6, would let any cut inside the branch
+    pass. Other values keep their size: activations neither die out nor overflow. [ours]
+    """
+    twin = shared(model)
+    generator = torch.Generator().manual_seed(0)
+    fresh: dict[int, Tensor] = {}
+    for module in twin.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None or not tensor.is_floating_point():
+                continue
+            if id(tensor) not in fresh:
+                fresh[id(tensor)] = _awake(tensor, name, generator)
+            new = fresh[id(tensor)]
+            if name in module._parameters:
+                module._parameters[name] = new if isinstance(new, nn.Parameter) else nn.Parameter(new, False)
+                fresh[id(tensor)] = module._parameters[name]  # type: ignore[assignment]
+            else:
+                module._buffers[name] = new
+    return twin
+
+
+def _awake(tensor: Tensor, name: str, generator: torch.Generator) -> Tensor:
+    if tensor.dim() != 1:
+        if tensor.dim() == 0 or bool(tensor.any()):
+            return tensor
+        return torch.randn(tensor.shape, generator=generator).to(tensor) / max(1, tensor[0].numel()) ** 0.5
+    spread: Tensor = (0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)).to(tensor)
+    if name == "running_var":
+        return tensor * spread
+    return torch.where(tensor.abs() < 1e-3, spread, tensor * spread)
