@@ -35,6 +35,7 @@ def fold(
     made = np.zeros(classes.count, bool)
     made[classes.made()] = True
     rows = _Rows(of[order], key[order], place[order], made[ids][order])
+    rows.wide = {name for name, axes in tensors.items() if len(axes) > 1}
     frozen, mixed = classes.frozen(labels), set(classes.mixed(labels).tolist())
     found: list[tuple[tuple[int, int], Group, bool]] = []
     for members in rows.alike(frozen):
@@ -50,6 +51,7 @@ class _Rows:
 
     def __init__(self, label: Ids, key: Ids, place: Ids, made: np.ndarray) -> None:
         self.label, self.key, self.place, self.made = label, key, place, made
+        self.wide: set[str] = set()  # the tensors of two axes and more
 
     def alike(self, frozen: Mapping[int, str]) -> list[Ids]:
         """The first rows of classes, those of one pattern (as many places on each axis, same reason) together."""
@@ -75,6 +77,7 @@ def _groups(rows: _Rows, members: Ids, keys: Sequence[Key]) -> list[tuple[tuple[
     where = where[np.lexsort(rows.place[where].T[::-1])]
     place = rows.place[where]
     steps = np.diff(place, axis=0)
+    wide = np.array([keys[k][0] in rows.wide for k in key])
     fixed = np.array([isinstance(keys[k][1], int) for k in key])
     found: list[tuple[tuple[int, int], Group]] = []
     begin, single = 0, False
@@ -82,8 +85,8 @@ def _groups(rows: _Rows, members: Ids, keys: Sequence[Key]) -> list[tuple[tuple[
         block = np.concatenate([np.full(end - start, end - start) for start, end in _runs(place[begin], key)])
         broken = np.flatnonzero((steps[begin:] != block)[:, fixed].any(1))
         end = begin + (int(broken[0]) if len(broken) else len(place) - begin - 1) + 1
-        makes = np.flatnonzero(rows.made[where[begin]])
-        first = (int(key[makes[0]]), int(place[begin, makes[0]]))
+        at = int(np.argmax(2 * (rows.made[where[begin]] & wide) + wide))  # the layer that makes them, not its norm
+        first = (int(key[at]), int(place[begin, at]))
         group = _group(place[begin:end], key, keys)
         if end - begin == 1 and single and not group.counts:  # a run of odd ones, listed as one
             group = Group("", found[-1][1].size + 1, (), "its channels lie in no regular order")

@@ -165,7 +165,7 @@ def _trial(bench: _Bench, groups: Sequence[Group], mixed: Collection[str]) -> Re
         if len(local) < len(groups) and local:
             compared = _smaller(bench, local, kept)
         else:
-            compared = found if local else _outputs(bench.network, bench.example)
+            compared = found if local else outputs(bench.network, bench.example)
     except PruneError:  # the time is up
         raise
     except Exception as error:
@@ -200,7 +200,7 @@ def _smaller(bench: _Bench, groups: Sequence[Group], kept: dict[str, list[int]])
     """The outputs of the network that is cut."""
     network = shared(bench.network)
     cut(network, groups, kept)
-    return _outputs(network, bench.example)
+    return outputs(network, bench.example)
 
 
 def _same_shape(
@@ -212,10 +212,10 @@ def _same_shape(
     zero(network, [group for group in groups if group.name not in mixed], kept)
     generator = torch.Generator().manual_seed(0)
     permute(network, groups, {g.name: torch.randperm(g.size, generator=generator) for g in groups if g.name in mixed})
-    return _outputs(network, bench.example)
+    return outputs(network, bench.example)
 
 
-def _outputs(network: nn.Module, example: Tensor) -> list[Tensor]:
+def outputs(network: nn.Module, example: Tensor) -> list[Tensor]:
     with torch.no_grad():
         return list(_tensors(network(example)))
 

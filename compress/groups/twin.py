@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,7 @@ def _awake(tensor: Tensor, name: str, generator: torch.Generator) -> Tensor:
     if tensor.dim() != 1:
         if tensor.dim() == 0 or bool(tensor.any()):
             return tensor
-        return torch.randn(tensor.shape, generator=generator).to(tensor) / max(1, tensor[0].numel()) ** 0.5
-    spread: Tensor = (0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)).to(tensor)
-    if name == "running_var":
-        return tensor * spread
-    return torch.where(tensor.abs() < 1e-3, spread, tensor * spread)
+        return torch.randn(tensor.shape, generator=generator).to(tensor) / math.sqrt(max(1, tensor[0].numel()))
+    spread = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).add_(0.5).to(tensor)
+    scaled = tensor.mul(spread)
+    return scaled if name == "running_var" else torch.where(tensor.abs() < 1e-3, spread, scaled)
