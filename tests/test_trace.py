@@ -169,3 +169,27 @@ def test_the_proof_freezes_when_time_runs_out_and_leaves_the_model() -> None:
     assert all(g.frozen == "it could not be proved within the time limit" for g in groups if g.name != "head")
     trace(model, EXAMPLE)
     assert model.mix.num_heads == 4 and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_what_a_layer_keeps_of_earlier_passes_is_forgotten() -> None:
+    class Caching(Fused):
+        def __init__(self) -> None:
+            super().__init__(fast=False)
+            self.biases, self.bias_cache = nn.Parameter(torch.randn(4, 1, 1)), {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            if "cpu" not in self.bias_cache:
+                self.bias_cache["cpu"] = self.biases * 2
+            n, t, _ = x.shape
+            q, k, v = self.qkv(x).view(n, t, 3, self.num_heads, 6).permute(2, 0, 3, 1, 4)
+            y = (q @ k.mT * self.bias_cache["cpu"]).softmax(-1) @ v
+            return self.proj(y.transpose(1, 2).flatten(2))
+
+    model = Tokens(Caching()).double().eval()
+    with torch.no_grad():
+        model(EXAMPLE)  # fills the cache
+    groups = trace(model, EXAMPLE)
+    assert {g.name: g.size for g in groups if g.frozen is None} == {"embed": 24, "mix.qkv": 4}
+    cut(model, groups, {"mix.qkv": [0, 3]})
+    with torch.no_grad():
+        assert model(EXAMPLE).shape == (2, 5)

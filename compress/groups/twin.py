@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from compress.structure import forget
+
 
 def shared(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode whose tensors are the model's own memory; none may be written in place."""
@@ -16,7 +18,10 @@ def shared(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach()
-    return copy.deepcopy(model, memo).eval()
+    twin = copy.deepcopy(model, memo).eval()
+    for module in twin.modules():
+        forget(module)
+    return twin
 
 
 def lively(model: nn.Module) -> nn.Module:
