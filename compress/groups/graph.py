@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import operator
 import warnings
@@ -54,6 +55,11 @@ class Graph:
     sources: list[Source] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     outputs: list[Ref] = field(default_factory=list)
+
+
+def prepare() -> None:
+    """Import what torch.export needs, which takes over a second the first time; no part of any network's time."""
+    importlib.import_module("torch.export._trace")
 
 
 def read(model: nn.Module, example: Tensor) -> Graph:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compress.errors import PruneError
 from compress.groups.fold import fold
-from compress.groups.graph import read
+from compress.groups.graph import prepare, read
 from compress.groups.prove import prove
 from compress.groups.rules import propagate
 from compress.groups.twin import shared
@@ -39,6 +39,7 @@ def trace(model: nn.Module, example: Tensor, *, time_limit: float = TIME_LIMIT) 
     Raises:
         PruneError: the network does not run on `example`, tracing fails or takes too long, or nothing can be cut.
     """
+    prepare()
     began = time.monotonic()
     with time_limited(time_limit):
         twin = shared(model)
