@@ -103,6 +103,14 @@ def resize(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         update = next((rule for kind, rule in INTEGERS.items() if isinstance(module, kind)), None)
         if update is not None:
             update(module)
+        forget(module)
+
+
+def forget(module: nn.Module) -> None:
+    """Empty what a module keeps of earlier passes, such as timm's `attention_bias_cache`: it holds the old widths."""
+    for name, value in vars(module).items():
+        if "cache" in name and isinstance(value, dict):
+            value.clear()
 
 
 def underived(model: nn.Module, dense: nn.Module) -> dict[str, dict[str, int]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import PruneError
-from compress.groups import Group, Slice, cut, prove, trace, zero
+from compress.groups import Count, Group, Slice, cut, prove, trace, zero
 from compress.models import ARCHS
 from tests.nets import NETS, PaddedShortcut, lively
 
@@ -74,20 +74,27 @@ def test_blocks_and_offsets() -> None:
     assert Slice("join.weight", 1, offset=0) in groups["left"].slices
 
 
-def test_what_the_tracer_sees_wrongly_is_frozen_and_never_broken() -> None:
-    model = PaddedShortcut().eval()
-    groups = {g.name: g for g in trace(model, EXAMPLE)}
-    assert groups["stem"].frozen  # the trunk, both stages of it
+def test_padded_channels_stay_and_those_between_them_are_cut() -> None:
+    model = lively(PaddedShortcut()).double()
+    groups = {g.name: g for g in trace(model, EXAMPLE.double())}
+    assert groups["stem"].frozen is None and Slice("conv2.weight", 0, offset=4) in groups["stem"].slices
     assert groups["conv1"].frozen is None
+    padded = [g for g in groups.values() if g.name.startswith("conv2")]
+    assert [g.size for g in padded] == [4, 4] and all("joined to channels that stay (pad)" in g.frozen for g in padded)
 
 
-def test_grouped_convolutions_are_frozen_with_a_reason() -> None:
-    model = nn.Sequential(
+def test_whole_groups_of_a_convolution_leave_or_as_many_channels_of_each() -> None:
+    wide = nn.Sequential(
         nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 2, 1)
     )
-    groups = {g.name: g.frozen for g in trace(model, EXAMPLE)}
-    assert groups["0"] and "grouped convolution" in groups["0"]
-    assert groups["3"] is None
+    groups = {g.name: g for g in trace(wide, EXAMPLE)}
+    assert groups["0"].size == groups["1"].size == 4 and groups["0"].counts == ()  # of 2 groups of 4: one of each
+    assert Slice("0.weight", 0, offset=4) in groups["0"].slices and Slice("1.weight", 1) in groups["0"].slices
+    many = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=4), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    groups = {g.name: g for g in trace(many, EXAMPLE)}
+    assert groups["0"].size == 4 and groups["0"].counts == (Count("1", "groups"),)
+    cut(many, tuple(groups.values()), {"0": [0, 2, 3]})
+    assert many[1].groups == 3 and many[1].in_channels == 6 and many(EXAMPLE).shape == (2, 2, 14, 14)
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -147,18 +154,16 @@ def test_refusals(model: nn.Module, text: str) -> None:
         trace(model, EXAMPLE)
 
 
-def test_tracing_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch_pruning
+def test_tracing_has_a_time_limit() -> None:
+    class Endless(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            while True:
+                time.sleep(0.01)
 
-    def endless(self: object, *args: object, **kwargs: object) -> None:
-        while True:
-            time.sleep(0.01)
-
-    monkeypatch.setattr(torch_pruning.DependencyGraph, "build_dependency", endless)
     began = time.perf_counter()
     with pytest.raises(PruneError, match=r"tracing took more than 0.3 s"):
-        trace(NETS["plain"](), EXAMPLE, time_limit=0.3)
-    assert time.perf_counter() - began < 5
+        trace(Endless(), EXAMPLE, time_limit=0.3)
+    assert time.perf_counter() - began < 30
 
 
 def test_networks_that_insist_on_float32_are_proved_in_it() -> None:
@@ -175,15 +180,14 @@ def test_networks_that_insist_on_float32_are_proved_in_it() -> None:
 
 
 def test_what_cannot_be_traced_is_refused_in_one_line() -> None:
-    class Split(nn.Module):
+    class Branches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 2, 1)
+            self.a = nn.Conv2d(3, 8, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            left, right = self.a(x).chunk(2, 1)
-            return self.b(left * right)
+            return self.a(x) if x.sum() > 0 else self.a(-x)
 
-    with pytest.raises(PruneError) as caught:
-        trace(Split(), EXAMPLE)
+    with pytest.raises(PruneError, match=r"torch.export cannot read the network: ") as caught:
+        trace(Branches(), EXAMPLE)
     assert "\n" not in str(caught.value)

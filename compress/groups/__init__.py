@@ -6,5 +6,6 @@ from compress.groups.cut import removed_elements as removed_elements
 from compress.groups.cut import zero as zero
 from compress.groups.prove import prove as prove
 from compress.groups.trace import trace as trace
+from compress.groups.types import Count as Count
 from compress.groups.types import Group as Group
 from compress.groups.types import Slice as Slice

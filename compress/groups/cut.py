@@ -1,4 +1,4 @@
-"""The cut itself: remove channels from the tensors of a network, or set them to zero where they are."""
+"""The cut itself: remove channels from the tensors of a network, set them to zero, or put them in another order."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ Kept = Mapping[str, Sequence[int]]  # group name -> the channels that remain, as
 
 
 def cut(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None:
-    """Remove every channel that `kept` does not name, in place; the network's widths shrink.
+    """Remove every channel that `kept` does not name, in place; the network's widths shrink, its counts along.
 
     Each tensor is read once and written once, whatever number of groups meet in it.
     """
+    groups = list(groups)
     state = model.state_dict(keep_vars=True)
     smaller: dict[str, Tensor] = {}
     for name, gone in removed_elements(groups, kept).items():
@@ -28,11 +29,15 @@ def cut(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None:
             keep[indices] = False
             tensor = tensor.index_select(dim, keep.nonzero().flatten().to(tensor.device))
         smaller[name] = tensor.contiguous()
+    for group, channels in _removed(groups, kept):
+        for count in group.counts:
+            module = model.get_submodule(count.module)
+            setattr(module, count.attribute, getattr(module, count.attribute) - count.step * len(channels))
     resize(model, smaller)
 
 
 def zero(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None:
-    """Set every element that `cut` would remove to zero, in place; all shapes stay as they are.
+    """Set every element that `cut` would remove to zero; all shapes stay as they are.
 
     A removed channel then gives 0 and is read with weight 0, so that the output must equal the cut network's:
     the law that every proof rests on. A running variance of 0 is harmless: eps keeps the quotient finite.
@@ -42,6 +47,28 @@ def zero(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None:
         for name, gone in removed_elements(groups, kept).items():
             for dim, indices in gone.items():
                 state[name].index_fill_(dim, indices.to(state[name].device), 0)
+
+
+def unshare(model: nn.Module, groups: Iterable[Group]) -> None:
+    """Give a network copies of its own of the tensors that `groups` name, before they are written in place."""
+    state = model.state_dict(keep_vars=True)
+    names = {part.name for group in groups for part in group.slices}
+    resize(model, {name: state[name].detach().clone() for name in names})
+
+
+def permute(model: nn.Module, groups: Iterable[Group], orders: Mapping[str, Tensor]) -> None:
+    """Put the channels of each group that `orders` names into another order, in every tensor, in place.
+
+    The output must not change: a law that holds for layer norms too, where zeroing is no removal. [ours]
+    """
+    state = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for group in groups:
+            for part in group.slices if group.name in orders else ():
+                tensor = state[part.name]
+                places = elements(part, torch.arange(group.size)).to(tensor.device)
+                moved = elements(part, orders[group.name]).to(tensor.device)
+                tensor.index_copy_(part.dim, places, tensor.index_select(part.dim, moved))
 
 
 def removed_elements(groups: Iterable[Group], kept: Kept) -> dict[str, dict[int, Tensor]]:
@@ -62,6 +89,7 @@ def _removed(groups: Iterable[Group], kept: Kept) -> Iterator[tuple[Group, Tenso
     for group in groups:
         if group.name not in kept:
             continue
-        remains = set(kept[group.name])
-        if len(remains) < group.size:
-            yield group, torch.tensor([c for c in range(group.size) if c not in remains])
+        leaves = torch.ones(group.size, dtype=torch.bool)
+        leaves[list(kept[group.name])] = False
+        if bool(leaves.any()):
+            yield group, leaves.nonzero().flatten()

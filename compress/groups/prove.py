@@ -1,17 +1,22 @@
-"""Trial removals: a group is cut for real on a copy before anybody may cut it."""
+"""Trial removals: groups are cut for real on a copy before anybody may cut them."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from compress.errors import PruneError
-from compress.groups.cut import cut, zero
+from compress.groups.counts import proposals
+from compress.groups.cut import cut, permute, unshare, zero
+from compress.groups.twin import lively, shared
 from compress.groups.types import Group
 
 Reason = str
@@ -20,107 +25,198 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 def prove(
-    model: nn.Module, example: Tensor, groups: Sequence[Group], *, exempt: Callable[[Group], bool] = lambda group: False
+    model: nn.Module,
+    example: Tensor,
+    groups: Sequence[Group],
+    *,
+    mixed: Collection[str] = (),
+    seconds: float = math.inf,
 ) -> tuple[Group, ...]:
-    """Cut half of each group's channels on copies; freeze, with its reason, each group for which that goes wrong.
+    """Cut a part of each group's channels on copies; freeze, with its reason, each group for which that goes wrong.
 
     A trial passes when the network runs, the output keeps its shape and is finite, and the output equals that of
-    the same network with those channels set to zero (not asked of `exempt` groups, such as those behind a layer
-    norm, where the two differ by nature). All groups are tried at once; only on failure are they halved.
+    the same network with those channels set to zero. Groups named in `mixed` (behind a layer norm) change what is
+    left when they are cut; for those the output must stay when their channels change places. All groups are tried at
+    once; only on failure family by family (the same layer of every block), and then by halves.
 
     Args:
         model: left untouched; it may be in any mode and on any device.
         example: one input batch (N, C, H, W).
+        seconds: after these no further trial begins; what is not proved by then is frozen.
 
-    Returns: all groups in the given order, the failing ones frozen.
+    Returns: all groups in the given order, with the module integers that follow them; the failing ones frozen.
     """
-    reference, example, tolerance = _reference(model, example)
-    with torch.no_grad():
-        wanted = [tuple(leaf.shape) for leaf in _tensors(reference(example))]
-    proved: list[Group] = []
-    reasons: dict[str, Reason] = {}
-
-    def admit(candidates: Sequence[Group]) -> None:
-        together = [*proved, *candidates]
-        reason = _trial(reference, example, together, wanted, None if any(map(exempt, together)) else tolerance)
-        if reason is None:
-            proved.extend(candidates)
-        elif len(candidates) == 1:
-            reasons[candidates[0].name] = reason
-        else:
-            half = len(candidates) // 2
-            admit(candidates[:half])
-            admit(candidates[half:])
-
+    trials = _Trials(_bench(model, example), mixed, time.monotonic() + seconds)
     free = [group for group in groups if group.frozen is None]
-    for batch in ([g for g in free if not exempt(g)], [g for g in free if exempt(g)]):
-        if batch:
-            admit(batch)
-    return tuple(g.freeze(reasons[g.name]) if g.name in reasons else g for g in groups)
+    if free and trials.fit([_likeliest(trials, group) for group in free]) is not None:
+        families: dict[str, list[Group]] = {}
+        for group in free:
+            families.setdefault(re.sub(r"\d+", "#", group.name), []).append(group)
+        for family in sorted(families.values(), key=lambda f: f[0].name in mixed):
+            _admit(trials, family)
+    return tuple(
+        trials.proved.get(g.name) or (g.freeze(trials.reasons[g.name]) if g.name in trials.reasons else g)
+        for g in groups
+    )
 
 
-def _reference(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor, float]:
-    """A copy in evaluation mode and float64, or in float32 where the network insists on that; with its tolerance."""
-    for dtype, tolerance in TOLERANCES.items():
-        reference = _lively(copy.deepcopy(model).eval().to(dtype))
-        like = next((t for t in reference.state_dict().values() if t.is_floating_point()), example)
-        given = example.detach().to(like.device, dtype)
-        try:
-            with torch.no_grad():
-                reference(given)
-        except (RuntimeError, TypeError) as error:  # it casts, or holds tensors that no state shows
-            refused = error
-            continue
-        return reference, given, tolerance
-    raise PruneError(f"the network runs neither in float64 nor in float32: {str(refused).splitlines()[0]}")
+def _likeliest(trials: _Trials, group: Group) -> Group:
+    return replace(group, counts=proposals(trials.bench.network, group)[0])
 
 
-def _lively(model: nn.Module) -> nn.Module:
-    """Give every vector (norm scales, biases, statistics) values around 1, so that no branch is off during the trial.
+def _admit(trials: _Trials, family: Sequence[Group]) -> None:
+    """Prove a family together, or else member by member and by halves; where two fail alike, all the rest does too."""
+    reason = _any_version(trials, family)
+    if reason is None:
+        return
+    if len(family) == 1:
+        trials.reasons[family[0].name] = reason
+        return
+    failed: list[Reason] = []
+    rest = list(family)
+    while rest and len(failed) < 2:
+        member = rest.pop(0)
+        found = _any_version(trials, [member])
+        if found is None:
+            break
+        trials.reasons[member.name] = found
+        failed.append(re.sub(r"\d+", "#", found))
+        if rest and _any_version(trials, rest) is None:
+            return
+    if len(failed) == 2 and failed[0] == failed[1]:
+        trials.reasons.update({group.name: f"{reason} (as in {family[0].name})" for group in rest})
+        return
+    for half in (rest[: len(rest) // 2], rest[len(rest) // 2 :]):
+        if half:
+            _admit(trials, half)
 
-    A zero-initialised last norm of a residual branch would let any cut inside that branch pass.
-    """
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in model.state_dict(keep_vars=True).values():
-            if tensor.is_floating_point() and tensor.dim() == 1:
-                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64))
-    return model
+
+def _any_version(trials: _Trials, candidates: Sequence[Group]) -> Reason | None:
+    """Try the integers that could follow, set by set: None once a trial passes, or else why the first one failed."""
+    versions = [proposals(trials.bench.network, group) for group in candidates]
+    first: Reason | None = None
+    for turn in range(max(map(len, versions))):
+        tried = [replace(g, counts=v[min(turn, len(v) - 1)]) for g, v in zip(candidates, versions, strict=True)]
+        reason = trials.fit(tried)
+        if reason is None:
+            return None
+        first = first or reason
+    return first
 
 
-def _trial(
-    reference: nn.Module,
-    example: Tensor,
-    groups: Sequence[Group],
-    wanted: list[tuple[int, ...]],
-    tolerance: float | None,
-) -> Reason | None:
-    """What goes wrong when every second channel of `groups` leaves, or None; without tolerance values may differ."""
-    kept = {group.name: range(0, group.size, 2) for group in groups}
-    smaller = copy.deepcopy(reference)
+@dataclass(frozen=True)
+class _Bench:
+    """What trials run on: a copy that shares its weights with the model, and the input."""
+
+    network: nn.Module
+    example: Tensor
+    tolerance: float
+
+
+@dataclass
+class _Trials:
+    """What has been proved so far; every trial cuts that too."""
+
+    bench: _Bench
+    mixed: Collection[str]
+    deadline: float
+    proved: dict[str, Group] = field(default_factory=dict)
+    reasons: dict[str, Reason] = field(default_factory=dict)
+
+    def fit(self, candidates: Sequence[Group]) -> Reason | None:
+        """Try `candidates` beside what is proved; they are proved, or the reason is returned."""
+        if time.monotonic() > self.deadline:
+            return "it could not be proved within the time limit"
+        reason = _trial(self.bench, [*self.proved.values(), *candidates], self.mixed)
+        if reason is None:
+            self.proved.update({group.name: group for group in candidates})
+        return reason
+
+
+def _bench(model: nn.Module, example: Tensor) -> _Bench:
+    network = lively(model)
+    like = next((t for t in network.state_dict().values() if t.is_floating_point()), example)
+    dtype = like.dtype if like.dtype in TOLERANCES else torch.float32
+    if dtype != like.dtype:
+        network = copy.deepcopy(network).to(dtype)
+    return _Bench(network, example.detach().to(like.device, dtype), TOLERANCES[dtype])
+
+
+def _in_double(bench: _Bench) -> _Bench | None:
+    """The same in float64, for a difference that float32 cannot judge; None where the network insists on float32."""
+    if bench.tolerance == TOLERANCES[torch.float64]:
+        return None
+    double = _Bench(copy.deepcopy(bench.network).double(), bench.example.double(), TOLERANCES[torch.float64])
     try:
-        cut(smaller, groups, kept)
         with torch.no_grad():
-            got = list(_tensors(smaller(example)))
+            double.network(double.example)
+    except (RuntimeError, TypeError):  # it casts, or holds tensors that no state shows
+        return None
+    return double
+
+
+def _trial(bench: _Bench, groups: Sequence[Group], mixed: Collection[str]) -> Reason | None:
+    """What goes wrong when some channels of `groups` leave, or None."""
+    kept = {group.name: _some(group.size, seed) for seed, group in enumerate(groups)}
+    local = [group for group in groups if group.name not in mixed]
+    try:
+        found = _smaller(bench, groups, kept)
+        wanted = _same_shape(bench, groups, kept, mixed)
+        if len(local) < len(groups) and local:
+            compared = _smaller(bench, local, kept)
+        else:
+            compared = found if local else outputs(bench.network, bench.example)
+    except PruneError:  # the time is up
+        raise
     except Exception as error:
         return f"a trial cut fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
-    if [tuple(leaf.shape) for leaf in got] != wanted:
-        return f"its channels reach the output: a trial cut changes {wanted} to {[tuple(leaf.shape) for leaf in got]}"
-    if not all(bool(leaf.isfinite().all()) for leaf in got):
-        return "a trial cut makes the output infinite or NaN"
-    if tolerance is None:
-        return None
-    zeroed = copy.deepcopy(reference)
-    zero(zeroed, groups, kept)
-    with torch.no_grad():
-        expected = list(_tensors(zeroed(example)))
-    scale = max((float(leaf.abs().max()) for leaf in expected), default=0.0)
-    worst = max((float((a - b).abs().max()) for a, b in zip(got, expected, strict=True)), default=0.0)
+    shapes = [tuple(leaf.shape) for leaf in wanted]
+    for leaves in (found, compared):
+        if [tuple(leaf.shape) for leaf in leaves] != shapes:
+            return f"its channels reach the output: a trial cut changes {shapes} to {[tuple(t.shape) for t in leaves]}"
+        if not all(bool(leaf.isfinite().all()) for leaf in leaves):
+            return "a trial cut makes the output infinite or NaN"
+    scale = max((float(leaf.abs().max()) for leaf in wanted), default=0.0)
+    worst = max((float((a - b).abs().max()) for a, b in zip(compared, wanted, strict=True)), default=0.0)
     if scale == 0:
         return "the output of the trial is zero everywhere, which proves nothing"
-    if worst > tolerance * scale or math.isnan(worst):
-        return f"a trial cut differs from zeroing the same channels by {worst:.2g} (outputs up to {scale:.2g})"
-    return None
+    if worst <= bench.tolerance * scale:
+        return None
+    if worst <= 100 * bench.tolerance * scale and (double := _in_double(bench)) is not None:
+        return _trial(double, groups, mixed)
+    return f"a trial cut differs from zeroing the same channels by {worst:.2g} (outputs up to {scale:.2g})"
+
+
+def _some(size: int, seed: int) -> list[int]:
+    """A sixth to a half of the channels, other ones for each group: wrong ties show, and a trial is quick."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(size, generator=generator)
+    number = int(torch.randint(max(1, size // 6), max(1, size // 2) + 1, (1,), generator=generator))
+    return sorted(order[:number].tolist())
+
+
+def _smaller(bench: _Bench, groups: Sequence[Group], kept: dict[str, list[int]]) -> list[Tensor]:
+    """The outputs of the network that is cut."""
+    network = shared(bench.network)
+    cut(network, groups, kept)
+    return outputs(network, bench.example)
+
+
+def _same_shape(
+    bench: _Bench, groups: Sequence[Group], kept: dict[str, list[int]], mixed: Collection[str]
+) -> list[Tensor]:
+    """The outputs with channels of local groups zeroed, and those of mixed groups in another order."""
+    network = shared(bench.network)
+    unshare(network, groups)
+    zero(network, [group for group in groups if group.name not in mixed], kept)
+    generator = torch.Generator().manual_seed(0)
+    permute(network, groups, {g.name: torch.randperm(g.size, generator=generator) for g in groups if g.name in mixed})
+    return outputs(network, bench.example)
+
+
+def outputs(network: nn.Module, example: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return list(_tensors(network(example)))
 
 
 def _tensors(output: object) -> Iterator[Tensor]:

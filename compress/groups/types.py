@@ -1,4 +1,4 @@
-"""The two values that describe coupled channels."""
+"""The values that describe coupled channels."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Count:
+    """An integer of a module that falls with the channels: `num_heads`, `groups`, the width of a split."""
+
+    module: str  # the module's path
+    attribute: str
+    step: int = 1  # by how much it falls with each channel that leaves
+
+
+@dataclass(frozen=True)
 class Group:
     """Channels that must be kept or removed together, in every tensor that `slices` names."""
 
@@ -26,6 +35,7 @@ class Group:
     size: int
     slices: tuple[Slice, ...]
     frozen: str | None = None  # why it cannot be cut, or None
+    counts: tuple[Count, ...] = ()
 
     def freeze(self, reason: str) -> Group:
         """The same group, marked as not to be cut; the first reason given stays."""
