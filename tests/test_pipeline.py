@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from compress.checkpoint import read
 from compress.errors import RunFolderError, TargetError, UsageError
 from compress.folder import RunFolder
 from compress.pipeline import epochs, run
@@ -155,6 +156,17 @@ def test_a_network_of_ones_own_is_pruned_by_file_size_and_resumed_from_elsewhere
     second = call("resume", out)
     assert second["pruned"]["top1"] == first["pruned"]["top1"] and second["kept"] == first["kept"]
     assert "cut to" in (out / "log.txt").read_text()
+
+
+def test_the_control_has_the_pruned_shapes_and_fresh_weights(root: Path, tmp_path: Path) -> None:
+    given = ["--target", "0.5", "--epochs", "1", "--set", "data.image_size=8", "--out", str(tmp_path / "run"), "-q"]
+    finish(start(root, "prune", "models/digits_resnet20.pt", *given, "--set", "prune.redraw=true"))
+    state = tmp_path / "run" / "state"
+    kept = json.loads((state / "round-1.json").read_text())["plan"]["kept"]
+    dense, cut = (read(state / f"{name}.safetensors").tensors for name in ("dense", "round-1"))
+    name = "layer1.0.bn1.weight"
+    assert len(cut[name]) == len(kept["layer1.0.conv1"]) < len(dense[name])
+    assert bool((cut[name] == 1).all()) and not bool((dense[name] == 1).any())
 
 
 def test_trackers_get_every_epoch(root: Path, tmp_path: Path) -> None:

@@ -184,6 +184,7 @@ def test_what_cannot_work_is_refused() -> None:
     for wanted, text in (
         (recipe(metric="macs"), "--metric macs with --granularity weight: zeros in place change neither"),
         (recipe(metric="size"), "use --metric params"),
+        (recipe(redraw=True), "would fill the zeros again; use --granularity filter"),
         (recipe("fpgm"), "'fpgm' does not rank single weights"),
         (recipe(score="taylor"), "'taylor' does not rank single weights"),
     ):
