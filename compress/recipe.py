@@ -42,7 +42,7 @@ class DataPart(BaseModel):
     std: tuple[float, ...] | None = Field(None, description="likewise; where the file says nothing both are measured")
     val_share: float = Field(0.1, gt=0, lt=1, description="share of train held out when no val split is given")
     augment: Literal["auto", "none", "crop", "flip-crop"] = Field(
-        "auto", description="auto: by data set, no flips of digits"
+        "auto", description="auto: by data set, no flips of digits; none in fewer than ten epochs"
     )
     max_unreadable: float = Field(
         0.01, ge=0, le=1, description="share of unreadable images that fails the run above it"

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from compress import checkpoint, cost, data, inputs, ranks
 from compress.bench import available
 from compress.bench.machine import allowed_cpus, describe
 from compress.checkpoint import ModelInfo
-from compress.data import Data, Loader, Split
+from compress.data import Augment, Data, Loader, MemorySplit, Split
 from compress.errors import DataError, MeasureError
 from compress.files import atomic_write
 from compress.fit import complete
@@ -28,6 +28,9 @@ from compress.structure import underived
 from compress.train import Outcome, Progress, Settings, accelerator, finetune
 
 log = logging.getLogger(__name__)
+# Epochs below which images in memory are not augmented: there is nothing to overfit yet, and what is learned of shifted
+# images is paid for in accuracy: 0.2 to 0.9 points on CIFAR-10 in five epochs: benchmarks/LOG.md.
+FEW = 10
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,20 @@ class Run:
             mean=mean,
             std=std,
             train=train,
-            augment=self.recipe.data.augment,
+            augment=self.augment(),
             seed=self.recipe.seed + seed,
             device=self.device.device,
             rank=ranks.rank(),
             world=ranks.world(),
         )
+
+    def augment(self) -> Augment | Literal["auto"]:
+        """The recipe's augmentation; `auto` is none at all in a run that sees each image fewer than FEW times."""
+        chosen = self.recipe.data.augment
+        if chosen != "auto" or not isinstance(self.data.train, MemorySplit) or not self.has("state/prepare.json"):
+            return chosen
+        counts = self.prepared["epochs"]
+        return "none" if sum(counts["sparse"]) + counts["recover"] < FEW else "auto"
 
     def example(self, count: int = 1) -> Tensor:
         """The first `count` validation images as the network takes them, on the CPU: (count, C, H, W)."""

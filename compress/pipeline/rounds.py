@@ -35,6 +35,8 @@ SIZE_MARGIN = 0.005  # by how much a file's size is undercut: the bytes of its g
 def sparsify(run: Run) -> dict[str, Any]:
     """All rounds, on a geometric path to the target; a finished round is not done again."""
     counts = run.prepared["epochs"]["sparse"]
+    if run.augment() == "none":
+        run.emit(Event("sparse", "the images are not augmented"))
     target = run.recipe.prune.keep * (1 - SIZE_MARGIN if run.recipe.prune.metric == "size" else 1)
     found: list[dict[str, Any]] = []
     for index, count in enumerate(counts):
