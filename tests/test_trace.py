@@ -165,7 +165,9 @@ def test_the_proof_freezes_when_time_runs_out_and_leaves_the_model() -> None:
     model = Tokens(Fused()).double()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     found, mixed = find(model, EXAMPLE)
-    groups = prove(model, EXAMPLE, found, mixed=mixed, seconds=0)
+    assert [g.frozen for g in prove(model, EXAMPLE, found, mixed=mixed, seconds=0)][:2] == [None, None]
+    wrong = Group("mix.proj", 24, (Slice("mix.proj.bias", 0),))  # the first trial, of all, fails; there is no other
+    groups = prove(model, EXAMPLE, (*found, wrong), mixed=mixed, seconds=0)
     assert all(g.frozen == "it could not be proved within the time limit" for g in groups if g.name != "head")
     trace(model, EXAMPLE)
     assert model.mix.num_heads == 4 and all(torch.equal(before[k], v) for k, v in model.state_dict().items())

@@ -42,7 +42,7 @@ def prove(
     Args:
         model: left untouched; it may be in any mode and on any device.
         example: one input batch (N, C, H, W).
-        seconds: after these no further trial begins; what is not proved by then is frozen.
+        seconds: after these no trial begins but the first; what is not proved by then is frozen.
 
     Returns: all groups in the given order, with the module integers that follow them; the failing ones frozen.
     """
@@ -120,13 +120,15 @@ class _Trials:
     bench: _Bench
     mixed: Collection[str]
     deadline: float
+    began: bool = False
     proved: dict[str, Group] = field(default_factory=dict)
     reasons: dict[str, Reason] = field(default_factory=dict)
 
     def fit(self, candidates: Sequence[Group]) -> Reason | None:
         """Try `candidates` beside what is proved; they are proved, or the reason is returned."""
-        if time.monotonic() > self.deadline:
+        if self.began and time.monotonic() > self.deadline:
             return "it could not be proved within the time limit"
+        self.began = True
         reason = _trial(self.bench, [*self.proved.values(), *candidates], self.mixed)
         if reason is None:
             self.proved.update({group.name: group for group in candidates})
