@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import PruneError
-from compress.groups.fold import fold
+from compress.groups.assemble import assemble
 from compress.groups.graph import prepare, read
 from compress.groups.prove import prove
 from compress.groups.rules import propagate
@@ -71,7 +71,7 @@ def find(model: nn.Module, example: Tensor) -> tuple[tuple[Group, ...], set[str]
     classes, found, counts = propagate(graph)
     state = model.state_dict(keep_vars=True)
     tensors = {name: found[name] for name in state if name in found}
-    groups, mixed = fold(classes, tensors, counts)
+    groups, mixed = assemble(classes, tensors, counts)
     return groups, mixed
 
 

@@ -13,7 +13,7 @@ from compress.groups.types import Count, Group, Slice
 Key = tuple[str, int | str]  # a tensor and its axis, or a module and its integer
 
 
-def fold(
+def assemble(
     classes: Classes, tensors: Mapping[str, Sequence[Ids]], counts: Sequence[tuple[str, str, Ids]]
 ) -> tuple[tuple[Group, ...], set[str]]:
     """The groups of output channels, and the names of those behind a layer norm or the like.
