@@ -55,7 +55,7 @@ def main() -> None:
 
 def _child(options: argparse.Namespace, network: str, tool: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--threads", str(options.threads), "--one", network, tool]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    found = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False)
     if found.returncode:
         return {"error": (found.stderr.strip().splitlines() or [f"exit code {found.returncode}"])[-1][:200]}
     answer: dict[str, Any] = json.loads(found.stdout.strip().splitlines()[-1])

@@ -58,7 +58,7 @@ def _child(options: argparse.Namespace, model: str, size: str) -> dict[str, Any]
     command = [sys.executable, __file__, "--threads", str(options.threads), "--one", model, size]
     try:
         found = subprocess.run(
-            command, capture_output=True, text=True, timeout=options.limit + 60, check=False,
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=options.limit + 60, check=False,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
         )  # fmt: skip
     except subprocess.TimeoutExpired:

@@ -199,8 +199,7 @@ def interleaved(step: Step) -> Result:
         return Value(step.shape, stiffen(step.classes, value, range(len(value.shape)), step.why).bundles)
     dim %= len(value.shape)
     grown = {dim} if value.shape[dim] == 1 else set()
-    bundles = [Bundle(b.dims, b.ids.repeat(times, b.dims.index(dim))) if dim in b.dims else b for b in value.bundles]
-    return Value(step.shape, tuple(bundles), value.loose | grown)
+    return Value(step.shape, _repeated_in_place(value, dim, times), value.loose | grown)
 
 
 def rolled(step: Step) -> Result:
@@ -223,10 +222,7 @@ def shuffled(step: Step) -> Result:
         order = [*range(len(front)), *(len(front) + d for d in (2, 0, 3, 1))]
         tall = tuple(wide.shape[d] for d in order)
         return reshape(step.classes, moved(wide, {o: n for n, o in enumerate(order)}, tall), step.shape)
-    r = step["downscale_factor"]
-    bundles = [Bundle(b.dims, b.ids.repeat(r**2, b.dims.index(rank - 3))) if rank - 3 in b.dims else b
-               for b in value.bundles]  # fmt: skip
-    return Value(step.shape, tuple(bundles))
+    return Value(step.shape, _repeated_in_place(value, rank - 3, step["downscale_factor"] ** 2))
 
 
 def indexed(step: Step) -> Result:
@@ -263,9 +259,12 @@ def unfolded(step: Step) -> Result:
         value = stiffen(step.classes, value, [dim], f"its channels are places ({step.where})")
         return Value(step.shape, value.bundles, value.loose)
     value = stiffen(step.classes, value, [2, 3], f"its channels are places ({step.where})")
-    area = int(np.prod(step["kernel_size"]))
-    bundles = tuple(Bundle(b.dims, b.ids.repeat(area, b.dims.index(1))) if 1 in b.dims else b for b in value.bundles)
-    return Value(step.shape, bundles)
+    return Value(step.shape, _repeated_in_place(value, 1, int(np.prod(step["kernel_size"]))))
+
+
+def _repeated_in_place(value: Value, dim: int, times: int) -> tuple[Bundle, ...]:
+    """Each id along one axis several times in a row."""
+    return tuple(Bundle(b.dims, b.ids.repeat(times, b.dims.index(dim))) if dim in b.dims else b for b in value.bundles)
 
 
 _PARTED = "split split_with_sizes chunk unbind tensor_split unsafe_split unsafe_chunk"
