@@ -6,6 +6,7 @@ called by all processes, in the same order; inside `first` the one that works co
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -59,6 +60,8 @@ def join() -> None:
 
     if distributed.is_initialized():
         return
+    import torch.distributed.nn.functional  # takes the group there is for its default arguments: none yet, see `leave`
+
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.setdefault("MASTER_PORT", "29500")
     store, _, _ = next(rendezvous("env://"))
@@ -74,12 +77,17 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Let go of the others, if `join` met them, when the work is done."""
+    """Let go of the others, if `join` met them, when the work is done.
+
+    gloo's threads must have ended before the interpreter does: one that drops a Python object after that aborts the
+    process. They end with the group, and it with the last reference: wrappers in cycles hold some.
+    """
     if not _words:
         return
     from torch import distributed
 
     if distributed.is_initialized():
+        gc.collect()
         distributed.destroy_process_group()
 
 

@@ -230,6 +230,11 @@ def refusal(batch_size: int) -> str:
         return str(error)
 
 
+def threads() -> list[str]:
+    """The names of this process's threads, where the system tells them."""
+    return sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+
+
 def main(out: Path) -> None:
     laws = Laws(out)
     found = {
@@ -246,8 +251,10 @@ def main(out: Path) -> None:
         "judged": laws.judged(),
         "diverged": laws.diverged(),
     }
-    (out / f"{ranks.rank()}.json").write_text(json.dumps(found))
+    found["threads together"] = threads()
     ranks.leave()
+    found["threads alone"] = threads()
+    (out / f"{found['rank']}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,13 @@ def laws(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str,
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system does not list threads")
+def test_no_thread_of_the_group_outlives_it(laws: list[dict[str, Any]]) -> None:
+    for found in laws:  # one that does may abort the process at its end
+        assert "pt_gloo_runloop" in found["threads together"]
+        assert "pt_gloo_runloop" not in found["threads alone"]
+
+
 def test_everything_but_the_rank_is_equal_to_the_last_bit(laws: list[dict[str, Any]]) -> None:
     first, second = ({k: v for k, v in found.items() if k not in ("rank", "failure")} for found in laws)
     assert [found["rank"] for found in laws] == [0, 1]
