@@ -13,17 +13,15 @@ the validation split, the test split read once. Finished runs stand in benchmark
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any
 
 import torch
-from cifar10 import CHECKPOINTS, ROOT, Bench, cell, describe_run, train_dense
+from cifar10 import Bench, bench_of, cell, describe_run, options, train_dense
 from torch import nn
 
 from compress import checkpoint, data, inputs, train
@@ -121,22 +119,10 @@ def ours(bench: Bench, key: Key) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoints", type=Path, required=True, help="folder of the pretrained ResNets")
-    parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as Parquet files")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "cifar10", help="where the run folders go")
-    parser.add_argument("--arch", choices=CHECKPOINTS, default="resnet20")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.3, 0.15], help="shares of the parameters")
+    parser = options(__doc__, keep=[0.5, 0.3, 0.15])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--val-share", type=float, default=0.02, help="of train, held out to choose the epoch by")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=2, help="of each run")
-    parser.add_argument("--only-table", action="store_true", help="train nothing, print the table")
     given = parser.parse_args()
-    paths = (given.checkpoints.resolve(), given.data.resolve(), given.work.resolve())
-    bench = Bench("against-torch-pruning", given.arch, given.epochs, *paths, given.threads, given.val_share)
+    bench = bench_of("against-torch-pruning", given)
     lines = [json.loads(line) for line in bench.results.read_text().splitlines()] if bench.results.exists() else []
     done = {(line["row"], line["keep"], line["seed"]) for line in lines}
     keys = [(row, keep, seed) for seed in range(given.seeds) for keep in given.keep for row in given.rows]

@@ -264,26 +264,35 @@ def write_readme(bench: Bench, text: str) -> None:
         readme.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(text: str | None, *, keep: Sequence[float]) -> argparse.ArgumentParser:
+    """The command line of a comparison on CIFAR-10; `keep`: the shares unless others are asked for."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints", type=Path, required=True, help="folder of the pretrained ResNets")
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as Parquet files")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "cifar10", help="where the run folders go")
-    parser.add_argument("--table", choices=TABLES, default="filters")
     parser.add_argument("--arch", choices=CHECKPOINTS, default="resnet20")
     parser.add_argument("--epochs", type=int, default=5, help="of the dense fine-tune, and of every row")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.3], help="shares of the parameters")
-    parser.add_argument("--rows", nargs="+", help="some rows only")
+    parser.add_argument("--keep", type=float, nargs="+", default=list(keep), help="shares of the parameters")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--val-share", type=float, default=0.02, help="of train, held out to choose the epoch by")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=2, help="of each run")
     parser.add_argument("--only-table", action="store_true", help="train nothing, write the table")
+    return parser
+
+
+def bench_of(table: str, given: argparse.Namespace) -> Bench:
+    """What the options say of one table."""
+    paths = (given.checkpoints.resolve(), given.data.resolve(), given.work.resolve())
+    return Bench(table, given.arch, given.epochs, *paths, given.threads, given.val_share)
+
+
+def main() -> int:
+    parser = options(__doc__, keep=[0.3])
+    parser.add_argument("--table", choices=TABLES, default="filters")
+    parser.add_argument("--rows", nargs="+", help="some rows only")
     given = parser.parse_args()
-    bench = Bench(
-        given.table, given.arch, given.epochs, given.checkpoints.resolve(), given.data.resolve(), given.work.resolve(),
-        given.threads, given.val_share,
-    )  # fmt: skip
+    bench = bench_of(given.table, given)
     failed = 0
     if not given.only_table:
         train_dense(bench)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compress import ranks
 from compress.groups import Group
-from compress.groups.cut import removed_elements
+from compress.groups.cut import removed_elements, without
 from compress.groups.parts import side
 from compress.groups.types import Slice
 from compress.structure import owner
@@ -88,12 +88,7 @@ def _refit(
     ridge = RIDGE * own.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     solved = torch.linalg.solve(own + ridge * torch.eye(len(own), dtype=own.dtype, device=own.device), cross)
     whole, _ = owner(dense, name)
-    weight = getattr(whole, leaf).detach()
-    for dim, indices in gone.items():
-        if dim != axis:
-            stays = torch.ones(weight.shape[dim], dtype=torch.bool)
-            stays[indices] = False
-            weight = weight.index_select(dim, stays.nonzero().flatten().to(weight.device))
+    weight = without(getattr(whole, leaf).detach(), {dim: leaving for dim, leaving in gone.items() if dim != axis})
     refitted = torch.tensordot(weight.double(), solved, dims=([axis], [1])).movedim(-1, axis)
     getattr(layer, leaf).copy_(refitted)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,22 @@ def read_weights(path: Path) -> dict[str, NDArray[np.float32]]:
     """Every float weight of two axes or more that a convolution or matrix product reads, by name, dense."""
     import onnx
 
+    return _matrices(onnx.load(path).graph)
+
+
+def count_weights(path: Path) -> Weights:
+    """The elements and the non-zeros of `read_weights`."""
+    import onnx
+
     graph = onnx.load(path).graph
+    found = _matrices(graph).values()
+    stored = len(graph.sparse_initializer)
+    return Weights(sum(v.size for v in found), sum(int(np.count_nonzero(v)) for v in found), stored)
+
+
+def _matrices(graph: Any) -> dict[str, NDArray[np.float32]]:
+    import onnx
+
     found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in _weights(graph)}
     for stored in graph.sparse_initializer:
         flat = np.zeros(int(np.prod(stored.dims)), np.float32)
@@ -85,22 +100,12 @@ def read_weights(path: Path) -> dict[str, NDArray[np.float32]]:
     return {name: values for name, values in found.items() if values.ndim > 1}
 
 
-def count_weights(path: Path) -> Weights:
-    """The elements and the non-zeros of `read_weights`."""
-    import onnx
-
-    found = read_weights(path).values()
-    stored = len(onnx.load(path).graph.sparse_initializer)
-    return Weights(sum(v.size for v in found), sum(int(np.count_nonzero(v)) for v in found), stored)
-
-
-def _weights(graph: Any) -> Iterator[Any]:
+def _weights(graph: Any) -> list[Any]:
     """The float initialisers that layers with weights read, biases among them."""
     import onnx
 
     names = {name for node in graph.node if node.op_type in READERS for name in node.input}
-    found = [t for t in graph.initializer if t.name in names and t.data_type == onnx.TensorProto.FLOAT]
-    yield from found
+    return [t for t in graph.initializer if t.name in names and t.data_type == onnx.TensorProto.FLOAT]
 
 
 def _smaller(tensor: Any) -> Any | None:

@@ -23,12 +23,7 @@ def cut(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None:
     state = model.state_dict(keep_vars=True)
     smaller: dict[str, Tensor] = {}
     for name, gone in removed_elements(groups, kept).items():
-        tensor = state[name].detach()
-        for dim, indices in gone.items():
-            keep = torch.ones(tensor.shape[dim], dtype=torch.bool)
-            keep[indices] = False
-            tensor = tensor.index_select(dim, keep.nonzero().flatten().to(tensor.device))
-        smaller[name] = tensor.contiguous()
+        smaller[name] = without(state[name].detach(), gone).contiguous()
     for group, channels in _removed(groups, kept):
         for count in group.counts:
             module = model.get_submodule(count.module)
@@ -69,6 +64,15 @@ def permute(model: nn.Module, groups: Iterable[Group], orders: Mapping[str, Tens
                 places = elements(part, torch.arange(group.size)).to(tensor.device)
                 moved = elements(part, orders[group.name]).to(tensor.device)
                 tensor.index_copy_(part.dim, places, tensor.index_select(part.dim, moved))
+
+
+def without(tensor: Tensor, gone: Mapping[int, Tensor]) -> Tensor:
+    """The tensor less the indices that leave along each axis."""
+    for dim, indices in gone.items():
+        stays = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        stays[indices] = False
+        tensor = tensor.index_select(dim, stays.nonzero().flatten().to(tensor.device))
+    return tensor
 
 
 def removed_elements(groups: Iterable[Group], kept: Kept) -> dict[str, dict[int, Tensor]]:

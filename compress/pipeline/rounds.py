@@ -135,12 +135,12 @@ def _cut(run: Run, model: nn.Module, groups: Sequence[Group], scores: Scores, ke
     plan = Plan.model_validate(ranks.first(choose))
     before = copy.deepcopy(model)
     apply(model, groups, plan)
-    if run.recipe.prune.fold:
+    if run.recipe.prune.redraw:
+        redraw(model, run.recipe.seed)
+    elif run.recipe.prune.fold:
         images = (batch for batch, _ in islice(run.loader(run.data.train, train=True), FOLD_BATCHES))
         fold(run.on_device(model), run.on_device(before), groups, plan.kept, images)
         model.cpu()
-    if run.recipe.prune.redraw:
-        redraw(model, run.recipe.seed)
     return plan.model_dump(mode="json")
 
 

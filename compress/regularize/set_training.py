@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
-from compress.groups import Group
 from compress.regularize.densities import Initial
-from compress.regularize.masks import Masks
 from compress.regularize.sparse_training import First, SparseTraining, Start, Updates
 
 
-class SetTraining:
+class SetTraining(SparseTraining):
     """Each layer drops its smallest weights and grows as many at random (algorithm 1; zeta is `fraction`).
 
     Differences: the share that moves falls by a cosine and the weights start from ERK, as Evci et al. run it
@@ -48,50 +40,4 @@ class SetTraining:
         seed: int = 0,
     ) -> None:
         updates = Updates(steps, interval, fraction, end, drop="layer", rho=1.0, across=False)
-        self._training = SparseTraining(Start(density, initial, weights, seed, classifier), updates)
-
-    @property
-    def masks(self) -> Masks:
-        """Which weights are alive."""
-        return self._training.masks
-
-    @property
-    def density_log(self) -> Sequence[tuple[int, Mapping[str, float]]]:
-        """After each change of the topology: (step, layer -> density)."""
-        return self._training.density_log
-
-    def attach(self, model: nn.Module, groups: Sequence[Group]) -> None:
-        """Thin the network to `density`, and hold it there; `groups` are for `scores` alone and may be empty.
-
-        Raises:
-            ValueError: no weight that may be masked. UsageError: as densities.layer_counts.
-        """
-        self._training.attach(model, groups)
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return ()
-
-    def penalty(self) -> Tensor:
-        """Nothing, shape (): the masks do the work."""
-        return torch.zeros(())
-
-    def after_step(self) -> None:
-        """Count the step; every `interval` steps move living weights to better places."""
-        self._training.after_step()
-
-    def scores(self) -> Mapping[str, Tensor]:
-        """The sum of |w| of each filter (`filter_sizes`); a filter without surviving weights scores 0, the lowest."""
-        return self._training.scores()
-
-    def detach(self) -> None:
-        """Let go of the optimisers; the zeros stay where they are, until someone trains them."""
-        self._training.detach()
-
-    def scale_penalty(self, factor: float) -> None:
-        """There is no penalty to scale."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._training.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._training.load_state_dict(state)
+        super().__init__(Start(density, initial, weights, seed, classifier), updates)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from compress import ranks
 from compress.errors import UsageError
 from compress.groups import Group
 from compress.regularize.channels import filter_sizes, maskable
@@ -28,18 +29,6 @@ from compress.regularize.topology import (
 log = logging.getLogger(__name__)
 GATHERED = 4  # batches whose gradients are added up before an update: one is noisy, more are stale (ours)
 First = Literal["magnitude", "random"]
-
-
-def first_rank(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The masks as the first process has them; the same ones where there is only one process."""
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return dict(masks)
-    here = next(iter(masks.values())).device
-    flat = torch.cat([mask.flatten() for mask in masks.values()]).to(torch.uint8)
-    flat = flat.cuda() if distributed.get_backend() == "nccl" else flat.cpu()
-    distributed.broadcast(flat, src=0)
-    parts = torch.split(flat.bool().to(here), [mask.numel() for mask in masks.values()])
-    return {name: part.view(mask.shape) for (name, mask), part in zip(masks.items(), parts, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -114,8 +103,9 @@ class Updates:
 
 
 class SparseTraining:
-    """The state of one such training: masks, step, gathered gradients, and how dense each layer was over time.
+    """A regulariser without a penalty: masks, step, gathered gradients, and how dense each layer was over time.
 
+    GGR, RigL, SET and static ERK are this with their own options; none of them changes what it does.
     The floors of `densities.floors` hold throughout. Random choices depend on (seed, step) alone, so that a resumed
     run makes the same ones; where several processes train, the first one's masks are everybody's.
     """
@@ -132,6 +122,7 @@ class SparseTraining:
 
     @property
     def masks(self) -> Masks:
+        """Which weights are alive."""
         assert self._masks is not None, "attach first"
         return self._masks
 
@@ -142,7 +133,8 @@ class SparseTraining:
             ValueError: no weight that may be masked. UsageError: as densities.layer_counts.
         """
         tensors = maskable(model, classifier=self.start.classifier)
-        alive = first_rank(self.start.masks(model, tensors))
+        alive = self.start.masks(model, tensors)
+        ranks.from_first(alive.values())
         self.detach()
         self._model, self._groups, self._lowest = model, tuple(groups), floors(model, tensors)
         self._masks, self._step, self._gathered = Masks(tensors, alive), 0, {}
@@ -155,6 +147,13 @@ class SparseTraining:
                 updates.end_step, updates.steps, updates.interval,
             )  # fmt: skip
         self._masks.watch(self._gather if updates is not None and updates.needs_gradients else None)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return ()
+
+    def penalty(self) -> Tensor:
+        """Nothing, shape (): the masks do the work."""
+        return torch.zeros(())
 
     def after_step(self) -> None:
         """Count the optimiser's step, and change the topology when that is due."""
@@ -169,9 +168,13 @@ class SparseTraining:
         return {group.name: filter_sizes(self._model, group) for group in self._groups}
 
     def detach(self) -> None:
+        """Let go of the optimisers; the zeros stay where they are, until someone trains them."""
         if self._masks is not None:
             self._masks.release()
         self._masks, self._model, self._groups, self._gathered = None, None, (), {}
+
+    def scale_penalty(self, factor: float) -> None:
+        """There is no penalty to scale."""
 
     def state_dict(self) -> dict[str, Any]:
         """No plain number lies at the top: none of this is a strength that another network could take over."""
@@ -213,7 +216,8 @@ class SparseTraining:
         changed = redistributed(
             weights, gradients, masks.alive, drops, rho=how.rho, across=how.across, seed=seed
         )  # fmt: skip
-        masks.set(first_rank(changed))
+        ranks.from_first(changed.values())
+        masks.set(changed)
         self._gathered = {}
         count = masks.alive_count()
         assert count == self._total, f"step {self._step}: {count} living weights, not {self._total}"
