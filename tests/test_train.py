@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,40 @@ def test_it_learns_and_leaves_a_plain_network(batches, device) -> None:
     assert not model.training and not any(p.grad is not None for p in model.parameters())
     assert "forward" not in vars(model) and not any(m._forward_hooks for m in model.modules())
     copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(("augment", "passes"), [("none", 1), ("auto", SETTINGS.epochs)])
+def test_a_teacher_is_asked_once_of_images_that_never_change(device, augment: str, passes: int) -> None:
+    digits = load("digits", image_size=8, seed=0)
+    options = {"batch_size": 128, "mean": (0.3,) * 3, "std": (0.35,) * 3}
+    images, seen = loader(digits.train, train=True, augment=augment, **options), []
+    teacher = network().eval()
+    teacher.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    told, asked = network(), network()
+    settings = replace(SETTINGS, distill=0.9)
+    finetune(told, images, loader(digits.val, train=False, **options), settings, device=device, teacher=teacher)
+    one_pass = len(digits.train) if augment == "none" else 128 * len(images)
+    assert sum(seen) == passes * one_pass
+    fresh = _Asked(images)
+    finetune(asked, fresh, loader(digits.val, train=False, **options), settings, device=device, teacher=teacher)
+    for one, other in zip(told.parameters(), asked.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+class _Asked:
+    """A loader that hides that its images never change."""
+
+    is_still = False
+
+    def __init__(self, inner: Loader) -> None:
+        self.inner = inner
+        self.set_epoch = inner.set_epoch
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __iter__(self):
+        return iter(self.inner)
 
 
 @pytest.mark.parametrize("name", [None, *REGULARIZERS])

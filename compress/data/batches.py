@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from compress.errors import DataError
 log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), targets (N,) int64
+_Fetch = Callable[[int], Iterator[Batch]]  # the batches of an epoch, as they are stored
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class _Plan:
 class Loader:
     """One pass per epoch over a split; made by `loader`."""
 
-    def __init__(self, plan: _Plan, fetch: Callable[[int], Iterator[Batch]], prepare: _Prepare) -> None:
+    def __init__(self, plan: _Plan, fetch: _Fetch, prepare: _Prepare) -> None:
         self._plan, self._fetch, self._prepare = plan, fetch, prepare
         self._epoch = 0
 
@@ -68,6 +69,26 @@ class Loader:
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and the augmentation of the next pass; 0 until called."""
         self._epoch = epoch
+
+    @property
+    def is_still(self) -> bool:
+        """Whether every epoch shows the same pixels of an image: it lies in memory and is not augmented."""
+        return isinstance(self._fetch, _MemoryFetch) and not self._prepare.is_changing
+
+    def positions(self) -> tuple[Tensor, ...]:
+        """For each batch of the next pass where its images lie in the split, (n,) int64."""
+        return self._plan.batches(self._plan.order(self._epoch))
+
+    def in_order(self) -> Loader:
+        """Every image of a still loader once, this process's share: positions rank, rank + world, ..."""
+        assert self.is_still and isinstance(self._fetch, _MemoryFetch)
+        plan = replace(self._plan, is_shuffled=False, is_dropping=False)
+        return Loader(plan, self._fetch.by(plan), self._prepare)
+
+    @property
+    def count(self) -> int:
+        """Images in the split, of all processes."""
+        return self._plan.count
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield images (N, C, H, W) float32, channels last, normalised, and targets (N,) int64, both on the device."""
@@ -104,9 +125,9 @@ def loader(
     _check(split, plan, mean, std)
     chosen = "none" if not train else split.augment if augment == "auto" else augment
     target = torch.device(device)
-    fetch: Callable[[int], Iterator[Batch]]
+    fetch: _Fetch
     if isinstance(split, MemorySplit):
-        fetch = _MemoryFetch(split, plan, target)
+        fetch = _MemoryFetch(plan, split.images.to(target), split.targets.to(target))
         change = _augmentation(split.shape, target, is_cropping=chosen != "none", is_flipping=chosen == "flip-crop")
     else:
         workers = min(8, max(1, cpus() // world)) if workers is None else workers  # 8 feed one GPU; more cost memory
@@ -143,8 +164,12 @@ def mix(*keys: int) -> int:
 class _MemoryFetch:
     """Rows of the image tensor, which is moved to the device once."""
 
-    def __init__(self, split: MemorySplit, plan: _Plan, device: torch.device) -> None:
-        self._plan, self._images, self._targets = plan, split.images.to(device), split.targets.to(device)
+    def __init__(self, plan: _Plan, images: Tensor, targets: Tensor) -> None:
+        self._plan, self._images, self._targets = plan, images, targets
+
+    def by(self, plan: _Plan) -> _MemoryFetch:
+        """The same images in other batches."""
+        return _MemoryFetch(plan, self._images, self._targets)
 
     def __call__(self, epoch: int) -> Iterator[Batch]:
         for index in self._plan.batches(self._plan.order(epoch).to(self._images.device)):
@@ -245,6 +270,11 @@ class _Prepare:
         self._scale = (1 / (255 * stds)).view(1, -1, 1, 1)
         self._shift = (-means / stds).view(1, -1, 1, 1)
         self._device, self._change = device, change
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether images are augmented."""
+        return self._change is not None
 
     def __call__(self, images: Tensor, seed: int) -> Tensor:
         x = images.to(self._device, torch.float32, non_blocking=True)

@@ -37,6 +37,19 @@ def evaluate(model: nn.Module, loader: Loader, *, device: Accelerator) -> tuple[
     return 100 * right / total, loss / total
 
 
+def predict(model: nn.Module, loader: Loader, *, device: Accelerator) -> Tensor:
+    """The network's outputs for every image of a still `loader`, (images, classes) float32 on the device.
+
+    Of several processes each goes through its share, and all get all rows.
+    """
+    loader = loader.in_order()
+    with torch.no_grad(), device.autocast():
+        own = torch.cat([model(images).float() for images, _ in loader])
+    rows = torch.zeros(loader.count, own.shape[1], device=own.device)
+    rows[ranks.rank() :: ranks.world()] = own
+    return ranks.summed(rows)
+
+
 def recalibrate(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: Accelerator, batches: int = 40
 ) -> None:

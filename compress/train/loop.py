@@ -27,7 +27,7 @@ from compress.errors import DivergedError, PruneError, UsageError
 from compress.files import atomic_path
 from compress.regularize import Regularizer
 from compress.train.device import seeded
-from compress.train.evaluate import evaluate
+from compress.train.evaluate import evaluate, predict
 from compress.train.objective import Losses, shared
 from compress.train.settings import Outcome, Progress, Settings
 
@@ -124,6 +124,9 @@ class _Phase:
         teacher = teacher.to(device.device).eval() if teacher is not None and settings.distill > 0 else None
         self.steps = len(train)
         self.losses = Losses(self.model, settings, device, regularizers, teacher)
+        self.taught: Tensor | None = None  # (images, classes): the teacher's outputs, asked once where they stay
+        if teacher is not None and settings.epochs > 1 and train.is_still:
+            self.taught = predict(teacher, train, device=device)  # in a fixed order, so that a resumed run has the same
         self.objective = shared(self.losses, device) if ranks.world() > 1 else self.losses
         self.best: dict[str, Tensor] | None = None
         self.optimizer = torch.optim.SGD(
@@ -147,7 +150,10 @@ class _Phase:
         torch.manual_seed((hash((self.settings.seed, epoch)) + ranks.rank()) & 0x7FFFFFFF)
         began, seen = time.perf_counter(), 0
         sums = torch.zeros(2, device=self.device.device)
+        positions = self.train.positions() if self.taught is not None else ()
         for step, (images, labels) in enumerate(self.train):
+            if self.taught is not None:
+                self.losses.taught = self.taught[positions[step].to(self.taught.device)]
             task, penalty = self._step(epoch * self.steps + step, images, labels)
             seen += len(labels)
             sums += torch.stack((task, penalty))

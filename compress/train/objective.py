@@ -35,6 +35,7 @@ class Losses(nn.Module):
         self.model = model
         self.own = nn.ParameterList(p for r in regularizers for p in r.parameters())
         self.classes = 2  # until a batch has been seen
+        self.taught: Tensor | None = None  # (N, classes): the teacher's outputs for the next batch, where it was asked
         self._beside = settings, device, regularizers, teacher  # a tuple, or the teacher would be trained as a part
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +58,8 @@ class Losses(nn.Module):
             return task, torch.zeros_like(task), penalties
         heat = settings.temperature
         with torch.no_grad(), device.autocast():
-            soft = F.log_softmax(teacher(images).float() / heat, 1)
+            taught = teacher(images).float() if self.taught is None else self.taught
+        soft = F.log_softmax(taught / heat, 1)
         distance = F.kl_div(F.log_softmax(logits / heat, 1), soft, reduction="batchmean", log_target=True) * heat**2
         return task, distance, penalties
 
