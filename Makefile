@@ -10,7 +10,8 @@ demo: $(VENV)/.installed
 	$(BIN)/compress prune models/digits_resnet20.pt --method halo --target 0.05 --device cpu
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not slow and not gpu and not alone"
+	$(BIN)/python -m pytest -m "alone and not slow and not gpu"
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

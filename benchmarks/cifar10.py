@@ -27,7 +27,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
-NORMALISATION = ("data.mean=[0.485,0.456,0.406]", "data.std=[0.229,0.224,0.225]")  # of the given checkpoints
 
 # row -> what it adds to `compress prune`; the first two are the controls that every comparison carries
 FILTERS: dict[str, tuple[str, ...]] = {

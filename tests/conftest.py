@@ -1,4 +1,4 @@
-"""What every test shares: two threads, the operators that optional packages need, and the shared data."""
+"""What every test shares: one thread, the operators that optional packages need, and the shared data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def _declare_operators() -> torch.library.Library | None:
 
 
 _LIBRARY = _declare_operators()  # the declarations last as long as this object
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: the suite itself runs in several
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")

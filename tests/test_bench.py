@@ -22,6 +22,7 @@ from compress.bench.session import input_signature, open_session
 from compress.bench.speedup import RESOLUTION, compare
 from compress.errors import LoadError, MeasureError
 
+pytestmark = pytest.mark.alone
 Shape = tuple[int | str, ...]
 FLOAT = TensorProto.FLOAT
 
