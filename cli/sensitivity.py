@@ -74,7 +74,7 @@ def sensitivity(
     with view.working("loading the images"):
         taken = _images(info, data, images, seed or 0)
     network = network.to(train.accelerator(device or "auto", "fp32").device)
-    with view.counting("cutting") as show:
+    with view.counting("tracing, then cutting group by group") as show:
         found = measure(
             network, taken.judged, calibration=taken.calibration, score=score, widths=shares, on_progress=show
         )

@@ -22,6 +22,7 @@ from compress.errors import PruneError, TargetError, UsageError
 from compress.folder import RunFolder
 from compress.groups import trace, zero
 from compress.pipeline import Event, run
+from compress.pipeline.rounds import select_as
 from compress.plan import select
 from compress.recipe import make
 from compress.report.curves import curves, sensitivity_page
@@ -174,6 +175,9 @@ def test_refusals(tmp_path: Path) -> None:
         limits(found, (compress.Group("z", 8, ()),), max_drop=1)
     with pytest.raises(UsageError, match="measured without labels"):
         limits(found.model_copy(update={"dense": Outcome()}), groups, max_drop=1)
+    recipe = make({"model": {"path": "x"}, "prune": {"max_group_drop": 2}})
+    with pytest.raises(UsageError, match=r"need prune\.sensitivity, a file to go by"):
+        select_as(recipe, groups, {}, measure(model, x[:1]), keep=0.5, whole=1.0, found=None)
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(UsageError, match=r"x.json is no sensitivity file \(another format\)"):
         read(tmp_path / "x.json")
@@ -189,6 +193,8 @@ def test_the_page_holds_every_figure_and_needs_no_network() -> None:
     chart = curves(found, "top1")
     assert [line.name for line in chart.lines] == ["", "a<b>"]  # the worst one is drawn last, with its name
     assert [point.x for point in chart.lines[1].runs[0]] == [25, 50, 75, 100]
+    alone = {**found, "groups": {**found["groups"], "one": {"size": 1, "widths": []}}}
+    assert curves(alone, "top1") == chart and "one" in sensitivity_page({**alone, "remark": ""})
     heights = [point.y for point in chart.lines[1].runs[0]]
     assert heights == sorted(heights, reverse=True) and heights[-1] == chart.level.at
 

@@ -48,8 +48,9 @@ def curves(found: Mapping[str, Any], key: str) -> Chart | None:
         return min(100.0, 100 * (high - at) / ((high - low) or 1.0))
 
     marks = log_ticks(10**low, 10**high) if is_log else ticks(low, high, 5)
-    worst = max(found["groups"], key=lambda name: _suffering(found["groups"][name], key))
-    ordered = sorted(found["groups"], key=lambda name: name == worst)  # drawn last, on top
+    shown = [name for name, curve in found["groups"].items() if curve["widths"]]  # one channel has no curve
+    worst = max(shown, key=lambda name: _suffering(found["groups"][name], key))
+    ordered = sorted(shown, key=lambda name: name == worst)  # drawn last, on top
     title, unit = MEASURES[key]
     return Chart(
         title,
