@@ -21,6 +21,7 @@ from compress.cli.inspect import inspect
 from compress.cli.methods import methods
 from compress.cli.prune import prune, resume
 from compress.cli.report import report
+from compress.cli.sensitivity import sensitivity
 from compress.cli.train import train
 from compress.cli.verify import verify
 from compress.errors import CompressError, UsageError
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "resume": resume,
     "train": train,
     "inspect": inspect,
+    "sensitivity": sensitivity,
     "eval": evaluate,
     "export": export,
     "bench": bench,

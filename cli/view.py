@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,19 @@ def working(text: str) -> Iterator[None]:
         return
     note(text)
     yield
+
+
+@contextmanager
+def counting(text: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields what is to be told how much is done, of how much: a bar on a terminal, one line elsewhere."""
+    if not _console.is_terminal or _quiet:
+        note(text)
+        yield lambda done, total: None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn()
+    with Progress(*columns, TimeRemainingColumn(compact=True), console=_console, transient=True) as bars:
+        task = bars.add_task(escape(text), total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 def figure(value: float) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compress.plan import select as select
     from compress.plan import shrink as shrink
     from compress.scores import SCORES as SCORES
+    from compress.sensitivities import sensitivity as sensitivity
     from compress.sparse import thin as thin
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ _PLACES = {
     "regularize": "compress.regularize:",
     "run": "compress.pipeline:run",
     "select": "compress.plan:select",
+    "sensitivity": "compress.sensitivities:sensitivity",
     "shrink": "compress.plan:shrink",
     "thin": "compress.sparse:thin",
     "to_onnx": "compress.export:to_onnx",

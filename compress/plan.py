@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 from pydantic import BaseModel
@@ -16,6 +17,8 @@ from compress.cost import Costs, Metric, Widths, measure
 from compress.errors import PruneError, TargetError, UsageError
 from compress.groups import Group, cut, trace
 from compress.scores import SCORES, Batches, Scores
+
+NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 
 
 class Plan(BaseModel, frozen=True):
@@ -40,6 +43,7 @@ def select(
     adapt: bool = False,
     allocation: Allocation = "balanced",
     floor: float = 0.0,
+    limits: Mapping[str, float] = NO_LIMITS,
 ) -> Plan:
     """Choose the channels to keep: the cost falls to at most `keep` of the whole, as little below as blocks allow.
 
@@ -52,9 +56,12 @@ def select(
         allocation: how layers compete, a key of ALLOCATIONS.
         floor: no group keeps less than this share, 0 to 1, of what a cut by rule to `keep` would leave it.
             Guards a global ranking against layers of one channel.
+        limits: group name -> the least share of its channels, 0 to 1, that it keeps whatever the target, such as
+            `sensitivity.limits` gives. Others keep at least one channel.
 
     Raises:
-        UsageError: `keep` or `round_to` out of range. PruneError: nothing can be cut.
+        UsageError: `keep`, `round_to` or a limit out of range, or a limit for an unknown group.
+        PruneError: nothing can be cut.
         TargetError: out of reach; carries the lowest reachable share.
     """
     if not 0 < keep <= 1:
@@ -66,6 +73,7 @@ def select(
         raise PruneError("no group of channels may be cut; `compress inspect` names the reasons")
     for group in free:
         _check(group, scores)
+    _check_limits(groups, limits)
     total = costs.total(metric)
     whole = total if whole is None else whole
     if total <= 0:
@@ -75,8 +83,11 @@ def select(
     falls = powers(free, costs, widths, allocation)
     share = {name: here**power for name, power in falls.items()}
     blocks = {group.name: _block(group, round_to, share[group.name] if adapt else None) for group in free}
-    least = {group.name: _least(group, blocks[group.name], floor * share[group.name]) for group in free}
-    _make_reachable(widths, blocks, least, keep * whole, adapt=adapt)
+    least = {g.name: max(floor * share[g.name], limits.get(g.name, 0.0)) for g in free}
+    least = {name: _least(widths.size[name], blocks[name], wanted) for name, wanted in least.items()}
+    _make_reachable(widths, blocks, least, limits, target=keep * whole, adapt=adapt)
+    if limits:
+        _check_reach(widths, least, keep=keep, whole=whole)
     order = {group.name: scores[group.name].argsort(descending=True, stable=True).tolist() for group in free}
     worths = {group.name: worth(scores[group.name], order[group.name]) for group in free}
     key = keys(widths, worths, falls, allocation)
@@ -181,22 +192,52 @@ def _block(group: Group, round_to: int, share: float | None) -> int:
     return block
 
 
-def _least(group: Group, block: int, share: float) -> int:
-    wanted = max(1, math.ceil(group.size * share))
-    return min(group.size, math.ceil(wanted / block) * block)
+def _check_limits(groups: Sequence[Group], limits: Mapping[str, float]) -> None:
+    names = {group.name for group in groups}
+    for name, share in limits.items():
+        if name not in names:
+            raise UsageError(f"the limits name the group {name!r}, which this network does not have")
+        if not 0 <= share <= 1:
+            raise UsageError(f"the limit of {name} is {share}; it must be a share from 0 to 1")
+
+
+def _least(size: int, block: int, share: float) -> int:
+    wanted = max(1, math.ceil(size * share - 1e-9))
+    return min(size, math.ceil(wanted / block) * block)
 
 
 def _make_reachable(
-    widths: Widths, blocks: dict[str, int], least: dict[str, int], target: float, *, adapt: bool
+    widths: Widths,
+    blocks: dict[str, int],
+    least: dict[str, int],
+    limits: Mapping[str, float],
+    *,
+    target: float,
+    adapt: bool,
 ) -> None:
     """Give up the floor, then (`adapt`) halve the widest blocks, until the target can be reached or nothing is left."""
+
+    def bare(name: str) -> int:
+        return _least(widths.size[name], blocks[name], limits.get(name, 0.0))
+
     if _lowest(widths, least) > target:
-        least.update({name: min(block, widths.size[name]) for name, block in blocks.items()})
+        least.update({name: bare(name) for name in blocks})
     while adapt and max(blocks.values()) > 1 and _lowest(widths, least) > target:
         widest = max(blocks.values())
         for name, block in blocks.items():
             if block == widest:
-                blocks[name] = least[name] = block // 2
+                blocks[name] = block // 2
+                least[name] = bare(name)
+
+
+def _check_reach(widths: Widths, least: Mapping[str, int], *, keep: float, whole: float) -> None:
+    lowest = _lowest(widths, least) / whole
+    if lowest > keep * (1 + 1e-12):
+        raise TargetError(
+            f"the target {keep:.4g} of the {widths.metric} is out of reach under the limits of the groups; the lowest "
+            f"reachable share is {rounded_up(lowest):g}: ask for that, or allow the groups to lose more",
+            lowest=lowest,
+        )
 
 
 def _lowest(widths: Widths, least: Mapping[str, int]) -> float:

@@ -17,7 +17,7 @@ FLOORS = {
     "groups": 2,
     "cost": 3, "scores": 3, "regularize": 3, "onnx_file": 3,
     "allocation": 4, "folding": 4, "sparse": 4, "train": 4, "export": 4, "checkpoint": 4,
-    "plan": 5, "fit": 5, "folder": 5, "report": 5, "inputs": 5,
+    "plan": 5, "sensitivities": 5, "fit": 5, "folder": 5, "report": 5, "inputs": 5,
     "pipeline": 6,
     "verify": 7,
     "cli": 9,

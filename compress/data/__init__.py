@@ -3,6 +3,7 @@
 from compress.data.batches import Loader, loader, statistics
 from compress.data.read import MEMORY_LIMIT, load
 from compress.data.split import Augment, Data, MemorySplit, Split, StreamSplit
+from compress.data.unlabelled import is_unlabelled, unlabelled
 
 __all__ = [
     "MEMORY_LIMIT",
@@ -12,7 +13,9 @@ __all__ = [
     "MemorySplit",
     "Split",
     "StreamSplit",
+    "is_unlabelled",
     "load",
     "loader",
     "statistics",
+    "unlabelled",
 ]

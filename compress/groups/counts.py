@@ -28,6 +28,11 @@ def proposals(model: nn.Module, group: Group) -> list[tuple[Count, ...]]:
         choices = [[c for c in found if c.step == 1 or c.attribute not in WIDTHS], found, far, units, []]
     else:  # an integer that nothing reads, such as a container's out_channels, is better left alone
         choices = [[], found, far, units]
+    names = dict.fromkeys(count.attribute for count in units)
+    if len(names) > 1:  # as many heads as a head has channels: one of the integers is meant, not both
+        choices += [
+            [c for c in found if c.attribute == name or (c.step > 1 and c.attribute not in WIDTHS)] for name in names
+        ]
     unique = dict.fromkeys(tuple(choice) for choice in choices)
     return [(*group.counts, *choice) for choice in unique]
 

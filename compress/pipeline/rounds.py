@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,17 +19,19 @@ from compress.folding import fold
 from compress.groups import Group, trace
 from compress.pipeline import zeros
 from compress.pipeline.context import Event, Run
-from compress.plan import Plan, apply, select
+from compress.plan import NO_LIMITS, Plan, apply, select
 from compress.recipe import Recipe
 from compress.regularize import REGULARIZERS, SPARSE_TRAINING, Regularizer
 from compress.regularize.make import make
 from compress.report.words import strength_words
 from compress.scores import DATA_DRIVEN, SCORES, Scores
+from compress.sensitivities import Sensitivity, limits, read
 from compress.structure import redraw
 from compress.train import numbers
 
 SCORE_BATCHES = 8  # training batches that a data-driven score sees: about a thousand images, in seconds (ours)
 FOLD_BATCHES = 8  # training batches that the fold sees, likewise
+MAX_GROUP_DROP = 1.0  # points that a group alone may cost where the recipe names a sensitivity and no limit (ours)
 SIZE_MARGIN = 0.005  # by how much a file's size is undercut: the bytes of its graph change a little with the widths
 
 
@@ -130,7 +133,8 @@ def _cut(run: Run, model: nn.Module, groups: Sequence[Group], scores: Scores, ke
     costs = run.costs(model)
 
     def choose() -> dict[str, Any]:
-        return select_as(run.recipe, groups, scores, costs, keep=keep, whole=whole).model_dump(mode="json")
+        found = sensitivity_of(run)
+        return select_as(run.recipe, groups, scores, costs, keep=keep, whole=whole, found=found).model_dump(mode="json")
 
     plan = Plan.model_validate(ranks.first(choose))
     before = copy.deepcopy(model)
@@ -221,10 +225,22 @@ def _scores(run: Run, model: nn.Module, groups: Sequence[Group], regularizers: S
 
 
 def select_as(
-    recipe: Recipe, groups: Sequence[Group], scores: Scores, costs: cost.Costs, *, keep: float, whole: float
+    recipe: Recipe,
+    groups: Sequence[Group],
+    scores: Scores,
+    costs: cost.Costs,
+    *,
+    keep: float,
+    whole: float,
+    found: Sensitivity | None,
 ) -> Plan:
-    """plan.select as the recipe says, for a share `keep` of the dense cost `whole`."""
+    """plan.select as the recipe says, for a share `keep` of the dense cost `whole`, under the limits of `found`."""
     prune = recipe.prune
+    drop = prune.max_group_drop
+    if found is None and (drop or prune.max_group_distortion):
+        raise UsageError("prune.max_group_drop and max_group_distortion need prune.sensitivity, a file to go by")
+    if drop is None and found is not None and found.dense.top1 is not None and prune.max_group_distortion is None:
+        drop = MAX_GROUP_DROP
     return select(
         groups,
         scores,
@@ -236,7 +252,13 @@ def select_as(
         adapt=prune.round_to == "auto",
         allocation=prune.allocation,
         floor=prune.floor,
+        limits=limits(found, groups, max_drop=drop, max_distortion=prune.max_group_distortion) if found else NO_LIMITS,
     )
+
+
+def sensitivity_of(run: Run) -> Sensitivity | None:
+    """What the recipe names, as the run's folder has kept it; None where it names nothing."""
+    return Sensitivity.model_validate(run.read("sensitivity.json")) if run.recipe.prune.sensitivity else None
 
 
 def dry_run(recipe: Recipe, model: nn.Module, example: Tensor) -> tuple[Plan, tuple[Group, ...], cost.Costs, str]:
@@ -250,5 +272,7 @@ def dry_run(recipe: Recipe, model: nn.Module, example: Tensor) -> tuple[Plan, tu
     score = recipe.prune.score or recipe.prune.method
     score = score if score in SCORES and score not in DATA_DRIVEN else "l2"
     whole = costs.total(recipe.prune.metric)
-    plan = select_as(recipe, groups, SCORES[score](model, groups), costs, keep=recipe.prune.keep, whole=whole)
+    found = read(Path(recipe.prune.sensitivity)) if recipe.prune.sensitivity else None
+    scores = SCORES[score](model, groups)
+    plan = select_as(recipe, groups, scores, costs, keep=recipe.prune.keep, whole=whole, found=found)
     return plan, groups, costs, score

@@ -21,9 +21,10 @@ from compress.export import Proof, to_onnx, top1
 from compress.groups import trace
 from compress.pipeline import zeros
 from compress.pipeline.context import Run
-from compress.pipeline.rounds import make_regularizers, select_as, sparsify, teacher
+from compress.pipeline.rounds import make_regularizers, select_as, sensitivity_of, sparsify, teacher
 from compress.recipe import Recipe
 from compress.regularize import REGULARIZERS
+from compress.sensitivities import read
 
 
 def epochs(recipe: Recipe, steps_per_epoch: int) -> tuple[list[int], int]:
@@ -58,10 +59,13 @@ def prepare(run: Run) -> dict[str, Any]:
     costs = cost.measure(run.dense, example)
     beside = _beside_weights(run, costs) if run.recipe.prune.metric == "size" else 0.0
     costs = replace(costs, fixed={**costs.fixed, "size": beside})
+    if run.recipe.prune.sensitivity:
+        run.write("sensitivity.json", read(Path(run.recipe.prune.sensitivity)).model_dump(mode="json"))
     if not zeros.is_fine(run.recipe):
         even = {group.name: torch.ones(group.size) for group in groups}
         whole = costs.total(run.recipe.prune.metric)
-        select_as(run.recipe, groups, even, costs, keep=run.recipe.prune.keep, whole=whole)
+        found = sensitivity_of(run)
+        select_as(run.recipe, groups, even, costs, keep=run.recipe.prune.keep, whole=whole, found=found)
     accuracy, loss = train.evaluate(run.on_device(run.dense), run.loader(run.data.val), device=run.device)
     loader = run.loader(run.data.train, train=True)
     sparse, recover = epochs(run.recipe, len(loader))

@@ -41,6 +41,8 @@ def check(recipe: Recipe, model: nn.Module) -> None:
         )
     if prune.redraw:
         raise UsageError("prune.redraw with --granularity weight would fill the zeros again; use --granularity filter")
+    if prune.sensitivity or prune.max_group_drop or prune.max_group_distortion:
+        raise UsageError("prune.sensitivity limits widths, which --granularity weight leaves alone; leave it out")
     if name := _score(recipe):
         sparse.weigh(model, name)
     if prune.rounds > 1 and prune.method in SPARSE_TRAINING:

@@ -21,7 +21,7 @@ _NAMES = ("figure", "percent", "points", "count", "speed_words", "latency_condit
 
 def html(report: Mapping[str, Any]) -> str:
     """report.html: one file that needs no other and asks no network; everything inserted is escaped."""
-    page = _environment(autoescape=True).get_template("report.html.j2")
+    page = environment(autoescape=True).get_template("report.html.j2")
     spreads, axis = charts.latency(report)
     drawn: dict[str, Any] = {
         "training": charts.training(report),
@@ -35,12 +35,12 @@ def html(report: Mapping[str, Any]) -> str:
 
 def card(report: Mapping[str, Any]) -> str:
     """README.md: a model card in the Hugging Face form, YAML in front; everything inserted is escaped."""
-    page = _environment(autoescape=False).get_template("card.md.j2")
+    page = environment(autoescape=False).get_template("card.md.j2")
     front = yaml.safe_dump(_front(report), sort_keys=False, allow_unicode=True, width=120)
     return page.render(**_values(report), front=Markup(front))  # its writer has quoted it
 
 
-def _environment(*, autoescape: bool) -> Environment:
+def environment(*, autoescape: bool) -> Environment:
     """Templates of this folder. Without HTML escaping every value is escaped for Markdown instead."""
     made = Environment(
         loader=FileSystemLoader(_FOLDER),

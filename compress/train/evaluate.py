@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,12 @@ from compress.data import Loader
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+class Autocast(Protocol):
+    """What of an Accelerator matters here: the precision to compute in."""
+
+    def autocast(self) -> AbstractContextManager[Any]: ...
 
 
 def evaluate(model: nn.Module, loader: Loader, *, device: Accelerator) -> tuple[float, float]:
@@ -51,7 +58,7 @@ def predict(model: nn.Module, loader: Loader, *, device: Accelerator) -> Tensor:
 
 
 def recalibrate(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: Accelerator, batches: int = 40
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: Autocast, batches: int = 40
 ) -> None:
     """Measure the statistics of every batch norm anew over `batches` batches, plain averages, weights untouched.
 
