@@ -12,6 +12,7 @@ from torch import nn
 from compress import checkpoint, ranks
 from compress.checkpoint import Checkpoint, ModelInfo
 from compress.cli import arch, huggingface, view
+from compress.errors import UsageError
 
 
 def located(path: Path, spec: str | None) -> tuple[Path, str | None]:
@@ -45,3 +46,20 @@ def network(path: Path, spec: str | None, arch_args: Mapping[str, Any]) -> tuple
         if getattr(read.info, field) is None:
             found[field] = getattr(built, field)
     return built.model.eval(), read.info.model_copy(update=found), read
+
+
+def any_network(
+    path: Path | None, spec: str | None, arch_args: Mapping[str, Any]
+) -> tuple[nn.Module, ModelInfo, Checkpoint | None]:
+    """As `network`; without a file, what `--arch` names with weights as they are drawn, or those that hf: brings.
+
+    Raises:
+        LoadError, UsageError: as `network`; there is neither a file nor an architecture.
+    """
+    if path is not None or (spec is not None and spec.startswith(huggingface.PREFIX)):
+        return network(Path(str(spec)) if path is None else path, spec, arch_args)
+    if spec is None:
+        raise UsageError("there is no network: name a checkpoint, or an architecture with --arch")
+    built = arch.resolve(spec, arch_args, None)
+    images = {field: getattr(built, field) for field in ("input_size", "mean", "std", "labels")}
+    return built.model.eval(), ModelInfo(arch=built.name, arch_kwargs=built.kwargs, **images), None

@@ -128,7 +128,9 @@ def test_the_command_line_takes_the_folder(folder: Path, tmp_path: Path) -> None
     place, weights = folder / "ResNet", folder / "ResNet" / "model.safetensors"
     found = answer("inspect", place, "-q")
     assert found["arch"] == "hf:ResNet" and found["input_size"] == [3, 32, 32]
-    assert answer("inspect", f"hf:{place}", "-q")["sha256"] == found["sha256"]
+    assert answer("inspect", "--arch", f"hf:{place}", "-q")["sha256"] == found["sha256"]
+    assert answer("inspect", "--arch", "resnet20", "-q")["model"] is None  # weights as they are drawn
+    assert refusal("inspect") == (2, "there is no network: name a checkpoint, or an architecture with --arch")
     assert answer("inspect", weights, "--arch", f"hf:{place}", "-q")["params"] == found["params"]
     checkpoint.save(tmp_path / "bare.safetensors", nn.Linear(1, 1), ModelInfo(arch="hf:some/where"))
     code, text = refusal("inspect", tmp_path / "bare.safetensors")  # a file may not have anything downloaded
