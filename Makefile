@@ -29,9 +29,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 # timm and torchvision ask for a torch build of their own; without their dependencies they go with the one at hand.
+# transformers needs tokenizers and regex beside what is there already.
 $(VENV)/.tested: $(VENV)/.installed
 	$(PIP) install -c constraints.txt -e ".[test,tracking]"
-	$(PIP) install -c constraints.txt --no-deps timm torchvision
+	$(PIP) install -c constraints.txt --no-deps timm torchvision transformers tokenizers regex
 	touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""--arch: a name of ours, timm:NAME, torchvision:NAME, pkg.module:function, path.py:function; or as the weights tell.
+"""--arch: a name of ours, timm:NAME, torchvision:NAME, hf:PLACE, pkg.module:function, file.py:function; or inferred.
 
 A checkpoint's metadata may name an architecture, but never code: functions run only when the user names them.
 """
@@ -16,15 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoint import Checkpoint, ModelInfo, renamed
-from compress.cli import user_code
+from compress.cli import huggingface, images, user_code
+from compress.cli.images import Images
 from compress.cli.user_code import close_to, line
-from compress.errors import LoadError, UsageError
+from compress.errors import CompressError, LoadError, UsageError
 from compress.models import ARCHS, SelectChannels
 
 Builder = Callable[..., Any]
-FORMS = "timm:NAME, torchvision:NAME, pkg.module:function or path/to/file.py:function"
-# Arguments of timm and torchvision that bring weights of their own, or fetch and open files.
-RESERVED = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "weights"}
+FORMS = "timm:NAME, torchvision:NAME, hf:REPO_OR_DIR, pkg.module:function or path/to/file.py:function"
+LIBRARIES = ("timm:", "torchvision:", "hf:")  # what a file may name: libraries, not code
+# Arguments of the libraries that bring weights of their own, fetch and open files, or run code.
+RESERVED = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "weights",
+            "weights_backbone", "trust_remote_code"}  # fmt: skip
 # What the weights can tell: argument -> two values whose networks are compared to find the axis that carries it.
 INFERRED = {"num_classes": (10, 11), "in_channels": (3, 4), "in_chans": (3, 4)}
 
@@ -39,6 +42,7 @@ class Resolved:
     input_size: tuple[int, int, int] | None  # C, H, W
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+    labels: tuple[str, ...] | None
     note: str | None  # what was inferred, to be reported
 
 
@@ -72,23 +76,33 @@ def resolve(spec: str | None, arch_args: Mapping[str, Any], checkpoint: Checkpoi
     info = checkpoint.info if checkpoint is not None else ModelInfo()
     notes: list[str] = []
     with torch.random.fork_rng(devices=[]):
-        name = spec if spec is not None else _from_checkpoint(checkpoint, notes)
+        asked = spec if spec is not None else _from_checkpoint(checkpoint, notes)
+    name = huggingface.canonical(asked) if asked.startswith(huggingface.PREFIX) else asked
     known = info.arch_kwargs if name == info.arch else {}
-    given = {**known, **arch_args}
-    if (reserved := sorted(RESERVED & {*given})) and name.startswith(("timm:", "torchvision:")):
+    if name.startswith(LIBRARIES) and (reserved := sorted(RESERVED & {*arch_args})):
         raise UsageError(f"--arch-arg {reserved[0]} is not allowed: the weights come from the checkpoint; leave it out")
+    given = {**known, **arch_args}
+    config: dict[str, Any] = {}
+    if name.startswith(huggingface.PREFIX) and "config" not in given:
+        _optional("transformers")  # before anything is downloaded
+        config = huggingface.configuration(asked)
+        given["config"] = huggingface.portable(config)
     with user_code.importable(name):
         with torch.random.fork_rng(devices=[]):
             builder, allowed = _builder(name)
             tensors = checkpoint.tensors if checkpoint is not None and not known else {}
-            kwargs = {**given, **_inferred(builder, allowed, given, tensors)}
+            found = _inferred(builder, allowed, given, tensors)
+        if config and found.get("num_classes") == huggingface.class_count(config):
+            found = {}
+        kwargs = {**given, **found}
         with torch.random.fork_rng(devices=[]):  # its own, so that a seed decides the weights whatever ran before
             model = _built(builder, name, kwargs)
-    if found := {k: v for k, v in kwargs.items() if k not in given}:
+    if found:
         notes.append("from the weights: " + ", ".join(f"{k}={v}" for k, v in found.items()))
-    size, mean, std = _images(name, kwargs, model)
-    note = "; ".join(notes) or None
-    return Resolved(name, kwargs, model, info.input_size or size, info.mean or mean, info.std or std, note)
+    said = huggingface.images(config, asked, classes=kwargs.get("num_classes")) if config else None
+    said = said or _images(name, kwargs, model)
+    size, mean, std, labels = info.input_size or said.size, info.mean or said.mean, info.std or said.std, info.labels
+    return Resolved(name, kwargs, model, size, mean, std, labels or said.labels, "; ".join(notes) or None)
 
 
 def _scalar(text: str) -> Any:
@@ -107,7 +121,7 @@ def _from_checkpoint(checkpoint: Checkpoint | None, notes: list[str]) -> str:
     if checkpoint is None:
         raise LoadError(f"no architecture is given: say --arch with one of {', '.join(ARCHS)}, or {FORMS}")
     arch = checkpoint.info.arch
-    if arch in ARCHS or arch.startswith(("timm:", "torchvision:")):
+    if arch in ARCHS or (arch.startswith(LIBRARIES) and (arch[:3] != "hf:" or "config" in checkpoint.info.arch_kwargs)):
         return arch
     if ":" in arch:
         raise LoadError(f"{checkpoint.path} was made by the code {arch!r}: if you trust it, say --arch {arch}")
@@ -175,8 +189,11 @@ def _shapes(builder: Builder, kwargs: Mapping[str, Any]) -> dict[str, torch.Size
 def _built(builder: Builder, name: str, kwargs: Mapping[str, Any]) -> nn.Module:
     try:
         model = builder(**kwargs)
+    except CompressError:
+        raise
     except (Exception, SystemExit) as error:
-        raise LoadError(f"{name} could not be built with {dict(kwargs)}: {line(error)}; see --arch-arg") from error
+        told = {key: value for key, value in kwargs.items() if key != "config"}
+        raise LoadError(f"{name} could not be built with {told}: {line(error)}; see --arch-arg") from error
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         raise LoadError(f"{name} returned a {kind}, not a torch.nn.Module: name a function that builds one")
@@ -192,6 +209,8 @@ def _builder(name: str) -> tuple[Builder, Sequence[str]]:
         return _timm(rest), ("num_classes", "in_chans")
     if library == "torchvision":
         return _torchvision(rest), ("num_classes",)
+    if library == "hf":
+        return _transformers, ("num_classes",)
     if ":" in name:
         builder = user_code.function(name)
         try:
@@ -211,35 +230,42 @@ def _timm(name: str) -> Builder:
 
 def _torchvision(name: str) -> Builder:
     models = _optional("torchvision").models
-    names = models.list_models(module=models)  # the classification networks
-    if name not in names:
-        close = close_to(name, names)
+    kinds = {kind: models.list_models(module=kind) for kind in (models, models.segmentation, models.detection)}
+    found = next((kind for kind, names in kinds.items() if name in names), None)
+    if found is None:
+        close = close_to(name, (known for names in kinds.values() for known in names))
         raise LoadError(f"torchvision has no network {name!r}{close}: see torchvision.models.list_models()")
-    return lambda **kwargs: models.get_model(name, weights=None, **kwargs)
+    none = {"weights": None} if found is models else {"weights": None, "weights_backbone": None}
+    return lambda **kwargs: models.get_model(name, **none, **kwargs)
+
+
+def _transformers(*, config: str, **kwargs: Any) -> nn.Module:
+    _optional("transformers")
+    return huggingface.build(json.loads(config), kwargs)
 
 
 def _optional(package: str) -> Any:
+    extra = {"transformers": "hf"}.get(package, package)
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UsageError(f"{package} is not installed: pip install compress-to-onnx[{package}]") from error
+        raise UsageError(f'{package} is not installed: pip install "compress-to-onnx[{extra}]"') from error
     except (RuntimeError, AttributeError) as error:  # torchvision::nms does not exist, and what follows from it
         raise UsageError(f"{package} is installed but does not fit torch {torch.__version__}: {error}") from error
 
 
-def _images(name: str, kwargs: Mapping[str, Any], model: nn.Module) -> tuple[Any, Any, Any]:
-    """Input size (C, H, W), mean and std as the architecture's library has them, None where unknown."""
+def _images(name: str, kwargs: Mapping[str, Any], model: nn.Module) -> Images:
+    """What the architecture's library says of its images."""
+    library, _, rest = name.partition(":")
     if name in ARCHS:
-        return (kwargs.get("in_channels", 3), 32, 32), None, None
-    if name.startswith("torchvision:"):
-        return (3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # its classification weights' transforms
-    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    if not name.startswith("timm:") or "input_size" not in config:
-        return None, None, None
-    channels = kwargs.get("in_chans", config["input_size"][0])
-    known = channels == len(config["mean"])
-    size = (channels, *config["input_size"][1:])
-    return size, tuple(config["mean"]) if known else None, tuple(config["std"]) if known else None
+        return Images((kwargs.get("in_channels", 3), 32, 32))
+    if library == "timm":
+        return images.of_timm(model, kwargs)
+    if library == "torchvision":
+        return images.of_torchvision(rest, model, kwargs)
+    if library == "hf":
+        return huggingface.images(json.loads(kwargs["config"]), None)
+    return Images()
 
 
 def takes(spec: str, argument: str) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -20,7 +21,10 @@ SMALL = 0.001  # of the metric: layers below it that also do no multiply-adds ar
 
 
 def inspect(
-    model: options.Model,
+    model: Annotated[
+        Optional[Path],  # noqa: UP045  typer reads annotations at run time
+        typer.Argument(metavar="[MODEL]", help="Checkpoint or a transformers folder; without, --arch as it is built"),
+    ] = None,
     arch: options.Arch = None,
     arch_arg: options.ArchArg = None,
     input_size: options.InputSize = None,
@@ -39,17 +43,19 @@ def inspect(
 
     if metric not in cost.METRICS:
         raise UsageError(f"--metric {metric} is unknown; there are {', '.join(cost.METRICS)}")
-    if model.suffix == ".onnx":
+    if model is not None and model.suffix == ".onnx":
         raise LoadError(f"{model} is an ONNX file: inspect the checkpoint it was made from, or use eval and bench")
     began = time.perf_counter()
-    network, info, source = load.network(model, arch, architectures.parse_arch_args(arch_arg or []))
+    network, info, source = load.any_network(model, arch, architectures.parse_arch_args(arch_arg or []))
     seconds = time.perf_counter() - began
     shape = image_shape(network, info, input_size)
-    view.note(f"{model}: {info.arch}, images of {' x '.join(map(str, shape))}{', pruned' * info.pruned}")
+    weights = source.path if source is not None else "weights as they are drawn"
+    view.note(f"{weights}: {info.arch}, images of {' x '.join(map(str, shape))}{', pruned' * info.pruned}")
     found = _examine(network, shape, metric)
     view.note(f"loaded in {view.figure(seconds)} s, traced in {view.figure(found['seconds']['trace'])} s")
     if as_json:
-        names = {"model": str(model), "sha256": source.sha256, "arch": info.arch, "arch_kwargs": info.arch_kwargs}
+        file = {"model": str(model or source.path), "sha256": source.sha256} if source else {"model": None}
+        names = {**file, "arch": info.arch, "arch_kwargs": info.arch_kwargs}
         found["seconds"]["load"] = seconds
         view.document({**names, "input_size": list(shape), "pruned": info.pruned, **found})
 

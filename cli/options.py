@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint: .safetensors, .pt, .pth, .th")]
+Model = Annotated[
+    Path,
+    typer.Argument(metavar="MODEL", help="Checkpoint: .safetensors, .pt, .pth, .th; a transformers folder; hf:REPO"),
+]
 Arch = Annotated[
     str | None,
-    typer.Option("--arch", help="resnet20 ..., timm:NAME, torchvision:NAME, pkg.module:function, file.py:function"),
+    typer.Option("--arch", help="resnet20 ..., timm:NAME, torchvision:NAME, hf:REPO_OR_DIR, pkg.module:f, file.py:f"),
 ]
 ArchArg = Annotated[
     list[str] | None, typer.Option("--arch-arg", metavar="KEY=VALUE", help="For the builder; may repeat")

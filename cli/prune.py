@@ -68,6 +68,7 @@ def prune(
 
     if resume and out is None:
         raise UsageError("--resume needs the --out of the run to continue (or use: compress resume DIR)")
+    model, arch = load.located(model, arch)
     given: dict[str, dict[str, Any]] = {
         "model": {
             "path": str(model.absolute()), "arch": _absolute_code(arch), "arch_args": parse_arch_args(arch_arg or []),
@@ -211,7 +212,9 @@ def _absolute(source: str | None) -> str | None:
 
 
 def _absolute_code(arch: str | None) -> str | None:
-    """The file in file.py:function becomes absolute; other names stay as they are."""
+    """The file in file.py:function and the folder in hf:DIR become absolute; other names stay as they are."""
+    if arch and arch.startswith("hf:") and Path(arch[3:]).is_dir():
+        return f"hf:{Path(arch[3:]).absolute()}"
     file, separator, function = (arch or "").rpartition(":")
     return f"{Path(file).absolute()}:{function}" if separator and Path(file).is_file() else arch
 

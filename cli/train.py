@@ -21,7 +21,9 @@ Number = Optional[float]  # noqa: UP045
 def train(
     arch: Annotated[
         str,
-        typer.Option("--arch", help="resnet20 ..., timm:NAME, torchvision:NAME, pkg.module:function, file.py:function"),
+        typer.Option(
+            "--arch", help="resnet20 ..., timm:NAME, torchvision:NAME, hf:REPO_OR_DIR, pkg.module:f, file.py:f"
+        ),
     ],
     data: Annotated[str, typer.Option("--data", help="digits, a folder, Parquet files, hf:NAME, pkg.module:function")],
     out: Annotated[Path, typer.Option("--out", help="Checkpoint to write: .pt or .safetensors")],

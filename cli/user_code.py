@@ -22,7 +22,7 @@ def importable(name: str) -> Iterator[None]:
     """Have the current folder (and a named file's own folder) on sys.path while the user's code is imported and run."""
     place = name.rpartition(":")[0]
     before = list(sys.path)
-    if place not in ("", "timm", "torchvision"):
+    if place not in ("", "timm", "torchvision", "hf"):
         sys.path.insert(0, str(Path.cwd()))
     if place.endswith(".py"):
         sys.path.insert(0, str(Path(place).resolve().parent))

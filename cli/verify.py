@@ -52,11 +52,12 @@ def verify(
 def _network(path: Path, arch: str | None, arch_args: dict[str, object]) -> tuple[nn.Module, ModelInfo]:
     """The pruned network; code that only the file names is not run."""
     from compress import checkpoint
+    from compress.cli import arch as architectures
     from compress.cli import load
     from compress.errors import UsageError
 
     named = checkpoint.read(path).info.arch
-    if arch is None and ":" in named and not named.startswith(("timm:", "torchvision:")):
+    if arch is None and ":" in named and not named.startswith(architectures.LIBRARIES):
         raise UsageError(f"the network was built by the code {named!r}: if you trust it, say --arch {named}")
     network, info, _ = load.network(path, arch, arch_args)
     return network, info

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.errors import PruneError
+from compress.example import Example, arguments, shapes
 from compress.groups import Group
 
 Metric = Literal["params", "macs", "size"]
@@ -42,12 +43,12 @@ class Costs:
         return self.fixed[metric] + sum(p * math.prod(self.shapes[n]) for n, p in self.prices[metric].items())
 
 
-def measure(model: nn.Module, example: Tensor) -> Costs:
+def measure(model: nn.Module, example: Example) -> Costs:
     """Price every tensor of a network by one forward pass in evaluation mode.
 
     Args:
         model: left as it was. On the CPU or a GPU.
-        example: (N, C, H, W); MACs are divided by N.
+        example: (N, C, H, W), or a tuple of several inputs; MACs are divided by N.
 
     Raises:
         PruneError: the network does not run on `example`.
@@ -55,14 +56,14 @@ def measure(model: nn.Module, example: Tensor) -> Costs:
     state = _once(model)
     learned = {name for name, p in model.named_parameters() if p.requires_grad}
     folded = _folded(model)
-    counter = _MacCounter({t.data_ptr(): name for name, t in state.items() if t.dim() > 1}, example.shape[0])
+    counter = _MacCounter({t.data_ptr(): name for name, t in state.items() if t.dim() > 1}, len(arguments(example)[0]))
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), counter:
-            model(example)
+            model(*arguments(example))
     except RuntimeError as error:
-        raise PruneError(f"the network does not run on shape {tuple(example.shape)}: {error}") from error
+        raise PruneError(f"the network does not run on shape {shapes(example)}: {error}") from error
     finally:
         model.train(was_training)
     return Costs(

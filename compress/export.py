@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from compress.bench.session import one_line, open_session, runtime_errors
 from compress.errors import CompressError, ParityError
+from compress.example import Example, arguments, shapes, tile
 from compress.files import atomic_path
 from compress.onnx_file import TINY, finish
 
@@ -57,24 +58,24 @@ class Proof(BaseModel, frozen=True, extra="forbid"):
 
 
 def to_onnx(
-    model: nn.Module, example: Tensor, path: Path | str, *,
+    model: nn.Module, example: Example, path: Path | str, *,
     metadata: Mapping[str, str] | None = None, tolerance: float = TOLERANCE, opset: int | None = None,
     sparse: bool = False,
 ) -> Proof:  # fmt: skip
     """Flush tiny weights, export with a dynamic batch, prove the file equal to the network, only then name it `path`.
 
-    The network is left as it was but for the flushed weights. `example` (N, C, H, W) holds real, normalised inputs. The
-    input is called "images"; the output "logits", or "out_0", "out_1", ... where there are several (tuples and dicts in
-    the order of torch's pytree). `opset` is the exporter's own by default, which needs no version conversion. `sparse`
-    stores weights with many zeros by their non-zeros alone: a smaller file, loaded into the same network. Whatever was
-    at `path` before is gone, also after a failure.
+    The network is left as it was but for the flushed weights. `example` (N, C, H, W) holds real, normalised inputs, or
+    is a tuple of several. The input is called "images", or "in_0", "in_1", ...; the output "logits", or "out_0", ...
+    where there are several (tuples and dicts in the order of torch's pytree). `opset` is the exporter's own by default,
+    which needs no version conversion. `sparse` stores weights with many zeros by their non-zeros alone: a smaller file,
+    loaded into the same network. Whatever was at `path` before is gone, also after a failure.
 
     Raises:
         ParityError: the file differs from the network, at some batch size, by more than `tolerance` times the output's
             rms, or the output is almost zero or not finite, so that nothing would be proved.
         CompressError: the network is too large for one file, or no exporter can express it.
     """
-    images = _tile(example, 2)
+    images = _tiled(example, 2)
     path = Path(path)
     path.unlink(missing_ok=True)
     flushed = flush_tiny(model)
@@ -89,10 +90,11 @@ def to_onnx(
         return _prove(network, temporary, example, tolerance, path.name)
 
 
-def prove(model: nn.Module, path: Path, inputs: Tensor, *, tolerance: float = TOLERANCE) -> Proof:
+def prove(model: nn.Module, path: Path, inputs: Example, *, tolerance: float = TOLERANCE) -> Proof:
     """Compare an ONNX file with the network at batch 1, 2 and 17, in float32 on the CPU; a Proof, or an error.
 
-    `inputs` (N, C, H, W) are real and normalised; they are repeated where there are fewer than a batch needs.
+    `inputs` (N, C, H, W), or a tuple of several, are real and normalised; they are repeated where there are fewer than
+    a batch needs.
 
     Raises:
         ParityError: the outputs differ in number, shape or value, are not finite, or are almost zero.
@@ -124,14 +126,14 @@ def predict(path: Path, batches: Iterable[Tensor | Array], *, threads: int | Non
         ParityError: the file does not run on a batch.
     """
     session = open_session(path, threads=threads or torch.get_num_threads())
-    return (_run(session, torch.as_tensor(batch), path.name)[0] for batch in batches)
+    return (_run(session, (torch.as_tensor(batch),), path.name)[0] for batch in batches)
 
 
 def top1(path: Path, loader: Iterable[tuple[Tensor, Tensor]], *, threads: int | None = None) -> float:
     """Percent, 0-100, of the loader's normalised images that ONNX Runtime puts into the labelled class."""
     session, right, total = open_session(path, threads=threads or torch.get_num_threads()), 0, 0
     for images, labels in loader:
-        right += int((_run(session, images, path.name)[0].argmax(1) == labels.numpy(force=True)).sum())
+        right += int((_run(session, (images,), path.name)[0].argmax(1) == labels.numpy(force=True)).sum())
         total += len(labels)
     if not total:
         raise CompressError(f"no images to measure the top-1 of {path.name} on; give a split that is not empty")
@@ -143,14 +145,14 @@ def read_metadata(path: Path) -> dict[str, str]:
     return dict(open_session(path, threads=1).get_modelmeta().custom_metadata_map)
 
 
-def _prove(network: nn.Module, file: Path, inputs: Tensor, tolerance: float, name: str) -> Proof:
+def _prove(network: nn.Module, file: Path, inputs: Example, tolerance: float, name: str) -> Proof:
     import onnx
 
     session = open_session(file, threads=torch.get_num_threads())
     worst = (-1.0, 0.0, 0.0)  # relative, max_abs_diff, output_scale
     agreed: list[Array] = []
     for batch in BATCHES:
-        images = _tile(inputs, batch)
+        images = _tiled(inputs, batch)
         expected, actual = _outputs(network, images), _run(session, images, name)
         if len(actual) != len(expected):
             raise ParityError(f"{name} has {len(actual)} outputs, the network {len(expected)}: not the same network")
@@ -159,7 +161,7 @@ def _prove(network: nn.Module, file: Path, inputs: Tensor, tolerance: float, nam
         if expected[0].ndim > 1 and expected[0].shape[1] > 1:
             agreed.append((expected[0].argmax(1) == actual[0].argmax(1)).ravel())
     first = np.atleast_1d(expected[0]).astype(np.float64)
-    if len(inputs) > 1 and np.ptp(first, axis=0).max() < LEAST_SCALE * worst[2]:
+    if len(arguments(inputs)[0]) > 1 and np.ptp(first, axis=0).max() < LEAST_SCALE * worst[2]:
         logger.warning("the network gives the same output for different images: equality with %s proves little", name)
     relative, difference, scale = worst
     if relative > tolerance:
@@ -192,25 +194,27 @@ def _difference(wanted: Array, got: Array, where: str) -> tuple[float, float, fl
     return difference / scale, difference, scale
 
 
-def _outputs(network: nn.Module, images: Tensor) -> list[Array]:
+def _outputs(network: nn.Module, images: Sequence[Tensor]) -> list[Array]:
     try:
         with torch.no_grad():
-            leaves = pytree.tree_leaves(network(images))
-    except RuntimeError as error:
-        raise ParityError(f"the network does not run at shape {tuple(images.shape)}: {one_line(error)}") from error
+            leaves = pytree.tree_leaves(network(*images))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ParityError(f"the network does not run at shape {shapes(images)}: {one_line(error)}") from error
     if not (arrays := [leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)]):
         raise CompressError("the network gives no tensor; ONNX needs at least one output")
     return arrays
 
 
-def _run(session: Any, images: Tensor, name: str) -> list[Array]:
+def _run(session: Any, images: Sequence[Tensor], name: str) -> list[Array]:
     inputs = session.get_inputs()
-    if len(inputs) != 1:
-        raise ParityError(f"{name} takes {len(inputs)} inputs; a network of one input is wanted")
+    if len(inputs) != len(images):
+        wanted = "one input" if len(images) == 1 else f"{len(images)} inputs"
+        raise ParityError(f"{name} takes {len(inputs)} inputs; a network of {wanted} is wanted")
     try:
-        return list(session.run(None, {inputs[0].name: images.to("cpu", torch.float32).numpy(force=True)}))
+        given = [image.float() if i.type == "tensor(float)" else image for i, image in zip(inputs, images, strict=True)]
+        return list(session.run(None, {i.name: g.numpy(force=True) for i, g in zip(inputs, given, strict=True)}))
     except runtime_errors() as error:
-        raise ParityError(f"{name} does not run at shape {tuple(images.shape)}: {one_line(error)}") from error
+        raise ParityError(f"{name} does not run at shape {shapes(images)}: {one_line(error)}") from error
 
 
 def _plain(model: nn.Module) -> nn.Module:
@@ -224,30 +228,31 @@ def _plain(model: nn.Module) -> nn.Module:
     return network
 
 
-def _tile(images: Tensor, batch: int) -> Tensor:
-    """The first `batch` images, from the start again where there are fewer."""
-    if images.ndim < 2 or not len(images):
-        raise CompressError(f"example inputs of shape {tuple(images.shape)} hold no batch; give (N, C, H, W)")
-    return images.detach().to("cpu", torch.float32)[torch.arange(batch) % len(images)].contiguous()
+def _tiled(example: Example, batch: int) -> tuple[Tensor, ...]:
+    given = arguments(example)
+    if given[0].ndim < 2 or any(not image.ndim or len(image) != len(given[0]) or not len(image) for image in given):
+        raise CompressError(f"example inputs of shape {shapes(given)} hold no batch; give (N, C, H, W)")
+    return tile(given, batch)
 
 
-def _export(network: nn.Module, images: Tensor, target: Path, opset: int | None) -> Exporter:
+def _export(network: nn.Module, images: Sequence[Tensor], target: Path, opset: int | None) -> Exporter:
     """Write the file by the dynamo exporter, or by the legacy one where that fails; which one it was."""
     count = len(_outputs(network, images))
     outputs = ["logits"] if count == 1 else [f"out_{index}" for index in range(count)]
-    asked: dict[str, Any] = {"input_names": ["images"], "output_names": outputs, "opset_version": opset}
+    inputs = ["images"] if len(images) == 1 else [f"in_{index}" for index in range(len(images))]
+    asked: dict[str, Any] = {"input_names": inputs, "output_names": outputs, "opset_version": opset}
     asked |= {"f": str(target), "verbose": False, "external_data": False}
     try:
         with _silence():
-            shapes = ({0: torch.export.Dim("batch")},)
-            torch.onnx.export(network, (images,), dynamo=True, dynamic_shapes=shapes, **asked)
+            batch = ({0: torch.export.Dim("batch")},) * len(images)
+            torch.onnx.export(network, tuple(images), dynamo=True, dynamic_shapes=batch, **asked)
         return "dynamo"
     except _EXPORTER_ERRORS as error:
         logger.warning("the dynamo exporter failed, trying the legacy one: %s", one_line(error.__cause__ or error))
     try:
         with _silence():
-            axes = {name: {0: "batch"} for name in ("images", *outputs)}
-            torch.onnx.export(network, (images,), dynamo=False, dynamic_axes=axes, **asked)
+            axes = {name: {0: "batch"} for name in (*inputs, *outputs)}
+            torch.onnx.export(network, tuple(images), dynamo=False, dynamic_axes=axes, **asked)
     except _EXPORTER_ERRORS as error:
         raise CompressError(f"neither ONNX exporter can express the network: {one_line(error)}") from error
     return "legacy"

@@ -9,12 +9,13 @@ from types import MappingProxyType
 from typing import Literal
 
 from pydantic import BaseModel
-from torch import Tensor, nn
+from torch import nn
 
 from compress.allocation import Allocation, Key, keys, powers, worth
 from compress.bench.machine import vector_block
 from compress.cost import Costs, Metric, Widths, measure
 from compress.errors import PruneError, TargetError, UsageError
+from compress.example import Example
 from compress.groups import Group, cut, trace
 from compress.scores import SCORES, Batches, Scores
 
@@ -136,7 +137,7 @@ def apply(model: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
 
 def shrink(
     model: nn.Module,
-    example: Tensor,
+    example: Example,
     *,
     keep: float,
     metric: Metric = "params",
@@ -147,7 +148,7 @@ def shrink(
     """Remove the least important channels of `model`, in place, until `keep` of the metric is left at most.
 
     Args:
-        example: one input batch (N, C, H, W).
+        example: one input batch (N, C, H, W), or a tuple where the forward pass takes several.
         keep: share of `metric` that may remain, 0 < keep <= 1.
         score: a key of SCORES, or the scores themselves, such as a regulariser's: group name -> (size,).
         round_to: widths become multiples of this; `auto` takes this machine's vector unit and adapts to narrow layers.

@@ -115,7 +115,7 @@ def test_metadata_does_not_name_code(mine: Path) -> None:
 def test_nothing_of_ours_fits() -> None:
     text = _refusal(None, _checkpoint({"a": torch.ones(1)}))
     assert text.startswith("the weights in FILE fit none of our architectures: say --arch with one of resnet20, ")
-    assert text.endswith("torchvision:NAME, pkg.module:function or path/to/file.py:function")
+    assert text.endswith("hf:REPO_OR_DIR, pkg.module:function or path/to/file.py:function")
     text = _refusal(None, _checkpoint({"a": torch.ones(1)}, ModelInfo(arch="resnet50")))
     assert "(it calls itself 'resnet50': timm:resnet50 or torchvision:resnet50?): say" in text
     cut = {**ARCHS["resnet20"]().state_dict(), "layer1.0.conv1.weight": torch.ones(9, 16, 3, 3)}
@@ -214,7 +214,11 @@ def test_timm() -> None:
     assert resolved.kwargs == {"num_classes": 5, "in_chans": 1}
     assert (resolved.input_size, resolved.mean) == ((1, 224, 224), None)
     load_into(resolved.model, checkpoint)
-    assert resolve("timm:resnet18", {}, None).mean == (0.485, 0.456, 0.406)
+    own = resolve("timm:resnet18", {}, None)
+    assert own.mean == (0.485, 0.456, 0.406) and own.labels is not None and own.labels[0].startswith("tench")
+    other = resolve("timm:mixer_s16_224", {"num_classes": 10}, None)  # it has a normalisation of its own
+    assert (other.mean, other.labels) == ((0.5, 0.5, 0.5), None)
+    assert resolve("timm:test_vit", {}, None).input_size == (3, 160, 160)
     assert _refusal("timm:resnet19").startswith("timm has no network 'resnet19' (did you mean resnet1")
     text = _refusal("timm:resnet18", kind=UsageError, pretrained=True)
     assert text == "--arch-arg pretrained is not allowed: the weights come from the checkpoint; leave it out"
@@ -224,8 +228,13 @@ def test_torchvision() -> None:
     torchvision = pytest.importorskip("torchvision")
     checkpoint = _of(torchvision.models.resnet18(num_classes=5))
     resolved = resolve("torchvision:resnet18", {}, checkpoint)
-    assert (resolved.kwargs, resolved.input_size) == ({"num_classes": 5}, (3, 224, 224))
+    assert (resolved.kwargs, resolved.input_size, resolved.labels) == ({"num_classes": 5}, (3, 224, 224), None)
     load_into(resolved.model, checkpoint)
+    own = resolve("torchvision:efficientnet_b1", {}, None)  # its weights were made for a size of their own
+    assert own.input_size == (3, 240, 240) and own.labels is not None and own.labels[0] == "tench"
+    parts = resolve("torchvision:lraspp_mobilenet_v3_large", {}, None)
+    assert parts.input_size == (3, 520, 520) and parts.labels is not None and len(parts.labels) == 21
+    assert resolve("torchvision:ssdlite320_mobilenet_v3_large", {}, None).std == (1.0, 1.0, 1.0)
     assert "torchvision has no network 'resnet19' (did you mean resnet" in _refusal("torchvision:resnet19")
 
 
@@ -233,7 +242,7 @@ def test_torchvision() -> None:
 def test_an_absent_package(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     text = _refusal(f"{package}:resnet18", kind=UsageError)
-    assert text == f"{package} is not installed: pip install compress-to-onnx[{package}]"
+    assert text == f'{package} is not installed: pip install "compress-to-onnx[{package}]"'
 
 
 def test_a_package_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

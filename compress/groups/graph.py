@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import logging
 import operator
 import warnings
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
+
+from compress.example import Example, arguments
 
 Shape = tuple[int, ...]
 
@@ -62,13 +65,13 @@ def prepare() -> None:
     importlib.import_module("torch.export._trace")
 
 
-def read(model: nn.Module, example: Tensor) -> Graph:
+def read(model: nn.Module, example: Example) -> Graph:
     """Export `model` on `example` and list its operators; nothing is computed, nothing is copied.
 
     Tensors are named by the first of their names in `model.state_dict()`; those without a place there have no name.
     """
     with _quiet(), torch.no_grad():
-        program = torch.export.export(model, (example,), strict=False)
+        program = torch.export.export(model, arguments(example), strict=False)
     known: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         known.setdefault(id(tensor), name)
@@ -96,13 +99,14 @@ def _is_result(spec: Any) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Export warns and logs about what concerns its own users."""
+    """Export warns, logs and prints whole graphs about what concerns its own users."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                yield
     finally:
         logging.disable(before)
 

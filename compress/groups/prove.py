@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from compress.errors import PruneError
+from compress.example import Example, arguments, like
 from compress.groups.counts import proposals
 from compress.groups.cut import cut, permute, unshare, zero
 from compress.groups.twin import lively, shared
@@ -26,7 +27,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 def prove(
     model: nn.Module,
-    example: Tensor,
+    example: Example,
     groups: Sequence[Group],
     *,
     mixed: Collection[str] = (),
@@ -41,7 +42,7 @@ def prove(
 
     Args:
         model: left untouched; it may be in any mode and on any device.
-        example: one input batch (N, C, H, W).
+        example: one input batch (N, C, H, W), or a tuple of several inputs.
         seconds: after these no trial begins but the first; what is not proved by then is frozen.
 
     Returns: all groups in the given order, with the module integers that follow them; the failing ones frozen.
@@ -109,7 +110,7 @@ class _Bench:
     """What trials run on: a copy that shares its weights with the model, and the input."""
 
     network: nn.Module
-    example: Tensor
+    example: Example
     tolerance: float
 
 
@@ -135,23 +136,24 @@ class _Trials:
         return reason
 
 
-def _bench(model: nn.Module, example: Tensor) -> _Bench:
+def _bench(model: nn.Module, example: Example) -> _Bench:
     network = lively(model)
-    like = next((t for t in network.state_dict().values() if t.is_floating_point()), example)
-    dtype = like.dtype if like.dtype in TOLERANCES else torch.float32
-    if dtype != like.dtype:
+    own = next((t for t in network.state_dict().values() if t.is_floating_point()), arguments(example)[0])
+    dtype = own.dtype if own.dtype in TOLERANCES else torch.float32
+    if dtype != own.dtype:
         network = copy.deepcopy(network).to(dtype)
-    return _Bench(network, example.detach().to(like.device, dtype), TOLERANCES[dtype])
+    return _Bench(network, like(example, own.to(dtype)), TOLERANCES[dtype])
 
 
 def _in_double(bench: _Bench) -> _Bench | None:
     """The same in float64, for a difference that float32 cannot judge; None where the network insists on float32."""
     if bench.tolerance == TOLERANCES[torch.float64]:
         return None
-    double = _Bench(copy.deepcopy(bench.network).double(), bench.example.double(), TOLERANCES[torch.float64])
+    given = like(bench.example, arguments(bench.example)[0].new_empty(0, dtype=torch.float64))
+    double = _Bench(copy.deepcopy(bench.network).double(), given, TOLERANCES[torch.float64])
     try:
         with torch.no_grad():
-            double.network(double.example)
+            double.network(*given)
     except (RuntimeError, TypeError):  # it casts, or holds tensors that no state shows
         return None
     return double
@@ -216,9 +218,9 @@ def _same_shape(
     return outputs(network, bench.example)
 
 
-def outputs(network: nn.Module, example: Tensor) -> list[Tensor]:
+def outputs(network: nn.Module, example: Example) -> list[Tensor]:
     with torch.no_grad():
-        return list(_tensors(network(example)))
+        return list(_tensors(network(*arguments(example))))
 
 
 def _tensors(output: object) -> Iterator[Tensor]:

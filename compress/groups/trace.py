@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compress.errors import PruneError
+from compress.example import Example, arguments, like, shapes
 from compress.groups.assemble import assemble
 from compress.groups.graph import prepare, read
 from compress.groups.prove import prove
@@ -25,12 +26,12 @@ log = logging.getLogger(__name__)
 TIME_LIMIT = 120.0  # seconds; of 88 networks torch.export took 5.6 for the slowest
 
 
-def trace(model: nn.Module, example: Tensor, *, time_limit: float = TIME_LIMIT) -> tuple[Group, ...]:
+def trace(model: nn.Module, example: Example, *, time_limit: float = TIME_LIMIT) -> tuple[Group, ...]:
     """Find which channels of a network must be removed together, and prove each group by a trial removal.
 
     Args:
         model: left untouched, in whatever mode and on whatever device it is.
-        example: one input batch (N, C, H, W); N = 1 will do.
+        example: one input batch (N, C, H, W), or a tuple where the forward pass takes several; N = 1 will do.
         time_limit: seconds for reading and proving (main thread only; elsewhere no limit is kept).
 
     Returns: every group of output channels, in the order in which their layers are registered. A group that cannot
@@ -43,8 +44,8 @@ def trace(model: nn.Module, example: Tensor, *, time_limit: float = TIME_LIMIT) 
     began = time.monotonic()
     with time_limited(time_limit):
         twin = shared(model)
-        like = next((t for t in twin.state_dict().values() if t.is_floating_point()), example)
-        example = example.detach().to(like)  # its device and dtype
+        own = next((t for t in twin.state_dict().values() if t.is_floating_point()), arguments(example)[0])
+        example = like(example, own)
         groups, mixed = find(twin, example)
         groups = tuple(_rigid(twin, group) for group in groups)
         left = 0.8 * time_limit - (time.monotonic() - began)
@@ -55,7 +56,7 @@ def trace(model: nn.Module, example: Tensor, *, time_limit: float = TIME_LIMIT) 
     return groups
 
 
-def find(model: nn.Module, example: Tensor) -> tuple[tuple[Group, ...], set[str]]:
+def find(model: nn.Module, example: Example) -> tuple[tuple[Group, ...], set[str]]:
     """The groups as the graph shows them, not yet proved, and the names of those that mix channels (layer norms).
 
     Raises:
@@ -67,7 +68,7 @@ def find(model: nn.Module, example: Tensor) -> tuple[tuple[Group, ...], set[str]
         raise
     except Exception as error:
         _must_run(model, example)
-        raise PruneError(f"torch.export cannot read the network: {line(error)}") from error
+        raise PruneError(f"torch.export cannot read the network: {line(error)}{_part(model)}") from error
     classes, found, counts = propagate(graph)
     state = model.state_dict(keep_vars=True)
     tensors = {name: found[name] for name in state if name in found}
@@ -92,15 +93,22 @@ def _rigid(model: nn.Module, group: Group) -> Group:
     return group
 
 
-def _must_run(model: nn.Module, example: Tensor) -> None:
+def _part(model: nn.Module) -> str:
+    """What to do with a detector, whose boxes depend on the data while its backbone is a plain network."""
+    if not isinstance(getattr(model, "backbone", None), nn.Module):
+        return ""
+    return "; prune its backbone by itself, in place: compress.shrink(model.backbone, images, keep=...)"
+
+
+def _must_run(model: nn.Module, example: Example) -> None:
     try:
         with torch.no_grad():
-            model(example)
+            model(*arguments(example))
     except PruneError:
         raise
     except Exception as error:
         raise PruneError(
-            f"the network does not run on an input of shape {tuple(example.shape)}: {line(error)}"
+            f"the network does not run on an input of shape {shapes(example)}: {line(error)}{_part(model)}"
         ) from error
 
 

@@ -7,6 +7,7 @@ from compress.train.device import compile_pays as compile_pays
 from compress.train.device import has_bf16 as has_bf16
 from compress.train.evaluate import evaluate as evaluate
 from compress.train.evaluate import recalibrate as recalibrate
+from compress.train.feed import Feed as Feed
 from compress.train.loop import finetune as finetune
 from compress.train.loop import numbers as numbers
 from compress.train.loop import schedule as schedule

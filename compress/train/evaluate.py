@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from compress import ranks
 from compress.data import Loader
+from compress.example import arguments
+from compress.task import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,41 +25,48 @@ class Autocast(Protocol):
     def autocast(self) -> AbstractContextManager[Any]: ...
 
 
-def evaluate(model: nn.Module, loader: Loader, *, device: Accelerator) -> tuple[float, float]:
-    """Top-1 in percent and mean cross-entropy over every image of `loader`, in the run's precision.
+def evaluate(
+    model: nn.Module, loader: Iterable[Any], *, device: Accelerator, task: Task = CLASSIFICATION
+) -> tuple[float, float]:
+    """The task's metric in percent (top-1) and its mean loss over every image of `loader`, in the run's precision.
 
     Of several processes each goes through its loader's images, and all get the figures of all images, each counted
     once. No batch norm differs between them: `model` must be the same everywhere.
     """
     was_training = model.training
     model.eval()
-    right, loss, total = 0.0, 0.0, 0.0
+    counts, loss, total = torch.zeros((), dtype=torch.float64), 0.0, 0
     with torch.no_grad(), device.autocast():
-        for images, labels in loader:
-            logits = model.forward(images).float()  # not the call: evaluation is never worth compiling
-            right += int((logits.argmax(1) == labels).sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            total += len(labels)
+        for batch in loader:
+            images, targets = task.unpack(batch)
+            # not the call: evaluation is never worth compiling
+            logits = task.logits(model.forward(*arguments(images))).float()
+            counts = counts + task.count(logits, targets).cpu()
+            size = task.size(targets)
+            loss += float(task.loss(logits, targets)) * size
+            total += size
     model.train(was_training)
-    right, loss, total = ranks.summed(torch.tensor([right, loss, total], dtype=torch.float64)).tolist()
-    return 100 * right / total, loss / total
+    counts = ranks.summed(counts)
+    loss, total = ranks.summed(torch.tensor([loss, total], dtype=torch.float64)).tolist()
+    return task.value(counts), loss / total
 
 
-def predict(model: nn.Module, loader: Loader, *, device: Accelerator) -> Tensor:
-    """The network's outputs for every image of a still `loader`, (images, classes) float32 on the device.
+def predict(model: nn.Module, loader: Loader, *, device: Accelerator, task: Task = CLASSIFICATION) -> Tensor:
+    """The task's logits for every image of a still `loader`, (images, classes, ...) float32 on the device.
 
     Of several processes each goes through its share, and all get all rows.
     """
     loader = loader.in_order()
     with torch.no_grad(), device.autocast():
-        own = torch.cat([model(images).float() for images, _ in loader])
-    rows = torch.zeros(loader.count, own.shape[1], device=own.device)
+        images = (task.unpack(batch)[0] for batch in loader)
+        own = torch.cat([task.logits(model(*arguments(given))).float() for given in images])
+    rows = torch.zeros(loader.count, *own.shape[1:], device=own.device)
     rows[ranks.rank() :: ranks.world()] = own
     return ranks.summed(rows)
 
 
 def recalibrate(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: Autocast, batches: int = 40
+    model: nn.Module, loader: Iterable[Any], *, device: Autocast, batches: int = 40, task: Task = CLASSIFICATION
 ) -> None:
     """Measure the statistics of every batch norm anew over `batches` batches, plain averages, weights untouched.
 
@@ -76,8 +84,8 @@ def recalibrate(
         norm.momentum = None  # a cumulative average
         norm.train()
     with torch.no_grad(), device.autocast():
-        for images, _ in islice(loader, batches):
-            model(images)
+        for batch in islice(loader, batches):
+            model(*arguments(task.unpack(batch)[0]))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         for statistic in (norm.running_mean, norm.running_var):

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from compress import ranks
 from compress.data import Loader
 from compress.errors import DivergedError, PruneError, UsageError
+from compress.example import Example
 from compress.files import atomic_path
 from compress.regularize import Regularizer
 from compress.train.device import seeded
 from compress.train.evaluate import evaluate, predict
+from compress.train.feed import Feed
 from compress.train.objective import Losses, shared
 from compress.train.settings import Outcome, Progress, Settings
 
@@ -40,8 +42,8 @@ LEAST_LOSS = 0.1  # of the loss of guessing, ln(classes); see _Phase.calibrate
 
 def finetune(
     model: nn.Module,
-    train: Loader,
-    val: Loader,
+    train: Loader | Feed,
+    val: Loader | Feed,
     settings: Settings,
     *,
     device: Accelerator,
@@ -58,6 +60,7 @@ def finetune(
     Args:
         regularizers: attached already; their penalties join the loss.
         teacher: in evaluation mode; its softened labels weigh `settings.distill` in the loss.
+        train, val: what `settings.task` unpacks; a Feed holds batches of one's own.
         state: file written after every epoch; if it exists, training goes on from there. Rank 0 alone opens it.
 
     Raises:
@@ -78,20 +81,14 @@ def finetune(
         for epoch in range(start, settings.epochs):
             began = time.perf_counter()
             loss, penalty = phase.run_epoch(epoch, on_progress, state)
-            top1, val_loss = evaluate(model, val, device=device)
+            top1, val_loss = evaluate(model, val, device=device, task=settings.task)
             if not math.isfinite(val_loss):
                 raise phase.diverged(f"at the end of epoch {epoch + 1}", state)
             seconds = time.perf_counter() - began
             outcome.last_top1 = top1
             outcome.history.append(
-                {
-                    "epoch": epoch,
-                    "loss": loss,
-                    "penalty": penalty,
-                    "val_top1": top1,
-                    "val_loss": val_loss,
-                    "seconds": seconds,
-                }
+                {"epoch": epoch, "loss": loss, "penalty": penalty, "val_top1": top1, "val_loss": val_loss}
+                | {"seconds": seconds}
             )
             if settings.keep_best and top1 >= outcome.best_top1:
                 best = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
@@ -113,7 +110,7 @@ class _Phase:
     def __init__(
         self,
         model: nn.Module,
-        train: Loader,
+        train: Loader | Feed,
         settings: Settings,
         device: Accelerator,
         regularizers: Sequence[Regularizer],
@@ -125,8 +122,9 @@ class _Phase:
         self.steps = len(train)
         self.losses = Losses(self.model, settings, device, regularizers, teacher)
         self.taught: Tensor | None = None  # (images, classes): the teacher's outputs, asked once where they stay
-        if teacher is not None and settings.epochs > 1 and train.is_still:
-            self.taught = predict(teacher, train, device=device)  # in a fixed order, so that a resumed run has the same
+        if teacher is not None and settings.epochs > 1 and isinstance(train, Loader) and train.is_still:
+            # in a fixed order, so that a resumed run has the same
+            self.taught = predict(teacher, train, device=device, task=settings.task)
         self.objective = shared(self.losses, device) if ranks.world() > 1 else self.losses
         self.best: dict[str, Tensor] | None = None
         self.optimizer = torch.optim.SGD(
@@ -151,11 +149,12 @@ class _Phase:
         began, seen = time.perf_counter(), 0
         sums = torch.zeros(2, device=self.device.device)
         positions = self.train.positions() if self.taught is not None else ()
-        for step, (images, labels) in enumerate(self.train):
+        for step, batch in enumerate(self.train):
+            images, labels = self.settings.task.unpack(batch)
             if self.taught is not None:
                 self.losses.taught = self.taught[positions[step].to(self.taught.device)]
             task, penalty = self._step(epoch * self.steps + step, images, labels)
-            seen += len(labels)
+            seen += self.settings.task.size(labels)
             sums += torch.stack((task, penalty))
             # on a GPU, or among several processes, only every 16 steps: looking at the loss waits for them
             is_due = self._looks_always or step % 16 == 15 or step == self.steps - 1
@@ -188,8 +187,8 @@ class _Phase:
         self.train.set_epoch(0)
         found = torch.zeros(1 + len(self.regularizers), dtype=torch.float64)
         with seeded(self.settings.seed):
-            for images, labels in islice(self.train, 4):
-                loss, _, penalties = self.losses.parts(images, labels)
+            for batch in islice(self.train, 4):
+                loss, _, penalties = self.losses.parts(*self.settings.task.unpack(batch))
                 found[0] += max(float(loss.detach()), LEAST_LOSS * math.log(self.losses.classes))
                 found[1:] += torch.tensor([float(penalty.detach()) for penalty in penalties], dtype=torch.float64)
         task, *sizes = ranks.averaged(found).tolist()
@@ -247,7 +246,7 @@ class _Phase:
         self.model.zero_grad(set_to_none=True)
         self.model.eval()
 
-    def _step(self, step: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, step: int, images: Example, labels: Any) -> tuple[Tensor, Tensor]:
         rate = self.settings.lr * schedule(step / (self.settings.epochs * self.steps), self.settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from compress.example import Example, arguments
 from compress.regularize import Regularizer
 from compress.train.settings import Settings
 
@@ -38,30 +39,32 @@ class Losses(nn.Module):
         self.taught: Tensor | None = None  # (N, classes): the teacher's outputs for the next batch, where it was asked
         self._beside = settings, device, regularizers, teacher  # a tuple, or the teacher would be trained as a part
 
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum to minimise, and in it, without gradient, the cross-entropy and all penalties."""
+    def forward(self, images: Example, labels: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum to minimise, and in it, without gradient, the task's loss and all penalties."""
         settings, _, _, teacher = self._beside
         task, distance, penalties = self.parts(images, labels)
         weight = settings.distill if teacher is not None else 0.0
         extra = torch.stack(penalties).sum() if penalties else torch.zeros_like(task)
         return (1 - weight) * task + weight * distance + extra, task.detach(), extra.detach()
 
-    def parts(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Cross-entropy, divergence from the teacher (Hinton et al., arXiv 1503.02531, section 2), penalties."""
+    def parts(self, images: Example, labels: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The task's loss, divergence from the teacher (Hinton et al., arXiv 1503.02531, section 2), penalties."""
         settings, device, regularizers, teacher = self._beside
         with device.autocast():
-            logits = self.model(images).float()
+            logits = settings.task.logits(self.model(*arguments(images))).float()
             self.classes = logits.shape[1]
             penalties = [r.penalty().to(logits.device) for r in regularizers]
-        task = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+        task = settings.task.loss(logits, labels, label_smoothing=settings.label_smoothing)
         if teacher is None:
             return task, torch.zeros_like(task), penalties
         heat = settings.temperature
         with torch.no_grad(), device.autocast():
-            taught = teacher(images).float() if self.taught is None else self.taught
+            taught = self.taught
+            if taught is None:
+                taught = settings.task.logits(teacher(*arguments(images))).float()
         soft = F.log_softmax(taught / heat, 1)
         distance = F.kl_div(F.log_softmax(logits / heat, 1), soft, reduction="batchmean", log_target=True) * heat**2
-        return task, distance, penalties
+        return task, distance / logits[0, 0].numel(), penalties  # of one position, where there are many
 
 
 def shared(losses: Losses, device: Accelerator) -> DistributedDataParallel:

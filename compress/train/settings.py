@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from compress.task import CLASSIFICATION, Task
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -24,6 +26,7 @@ class Settings:
     compile: bool = False
     seed: int = 0
     phase: str = "training"  # its name in error texts
+    task: Task = CLASSIFICATION  # what a batch, the loss and the metric are; `top1` below is its metric
 
 
 @dataclass(frozen=True)
