@@ -165,6 +165,46 @@ class Parts(nn.Module):
         return self.last(torch.cat([one, two, self.b(two + three)], 1))
 
 
+class Held(nn.Module):
+    """Unequal parts whose sizes the module holds as a tuple; the first one gates the others (MambaOut)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = (12, 8, 4)
+        self.up, self.conv, self.last = nn.Conv2d(12, 24, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(12, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, one, two = torch.split(self.up(x), self.sizes, 1)
+        return self.last(F.silu(gate) * torch.cat([one, self.conv(two)], 1))
+
+
+class Difference(nn.Module):
+    """A part, and what is left of the whole (SHViT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim, self.part = 12, 5
+        self.conv, self.last = nn.Conv2d(5, 5, 3, padding=1), nn.Conv2d(12, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = torch.split(x, [self.part, self.dim - self.part], 1)
+        return self.last(torch.cat([self.conv(one), two], 1))
+
+
+class First(nn.Module):
+    """The first channels take a sum, as many as came in (ReXNet); all are scaled by a vector in a given shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.shape = 12, (15, 1, 1)
+        self.up, self.scale, self.last = nn.Conv2d(12, 15, 1), nn.Parameter(torch.rand(15)), nn.Conv2d(15, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        y = torch.cat([y[:, : self.width] + x, y[:, self.width :]], 1)
+        return self.last(y * self.scale.view(self.shape))
+
+
 def grouped(groups: int) -> nn.Module:
     """Grouped, transposed and depthwise convolutions in a row."""
     return nn.Sequential(nn.Conv2d(12, 12, 3, groups=groups), nn.ReLU(), nn.ConvTranspose2d(12, 12, 2, groups=12),
@@ -200,6 +240,12 @@ COUPLINGS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {  # netw
     "response": (lambda: Images(Response()), {"stem": 12, "middle.up": 20, "middle.down": 12}),
     "depth": (lambda: Images(Depth()), {"stem": 12, "middle.mix": 12, "middle.last": 12}),
     "parts": (lambda: Images(Parts()), {"stem": 4, "middle.b": 4, "middle.last": 12}),
+    "held": (
+        lambda: Images(Held()),
+        {"stem": 12, "middle.up": 8, "middle.up[8:]": 4, "middle.up[20:]": 4, "middle.last": 12},
+    ),
+    "difference": (lambda: Images(Difference()), {"stem": 5, "stem[5:]": 7, "middle.conv": 5, "middle.last": 12}),
+    "first": (lambda: Images(First()), {"stem": 12, "middle.up": 3, "middle.last": 12}),
     "whole groups": (lambda: Images(grouped(4)), {"stem": 4, "middle.4": 12}),
     "within groups": (lambda: Images(grouped(2)), {"stem": 6, "middle.0": 6, "middle.4": 12}),
     "nested": (Nested, {"stem": 8}),

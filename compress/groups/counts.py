@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 from torch import nn
 
-from compress.groups.types import Count, Group
+from compress.groups.types import Count, Group, Read
 from compress.structure import INTEGERS
 
 WIDTHS = {"dim", "embed_dim", "in_dim", "input_dim", "hidden_size", "num_features", "in_features", "out_features",
@@ -16,12 +17,15 @@ WIDTHS = {"dim", "embed_dim", "in_dim", "input_dim", "hidden_size", "num_feature
 def proposals(model: nn.Module, group: Group) -> list[tuple[Count, ...]]:
     """Sets of integers that could follow the group, the likeliest first; the graph's own are in each.
 
-    A candidate is an integer of a module around one of the group's tensors with the value of the group's size, or of
-    the indices that the group spans on one axis.
+    A candidate is what a module holds of the numbers that its operators were given, or an integer of a module around
+    one of the group's tensors with the value of the group's size, or of the indices that the group spans on one axis.
     """
-    near, far = _candidates(model, group, 1), _candidates(model, group, 2)
-    if not near and not far:
-        return [group.counts]
+    read = _held(model, group.reads)
+    known = {(count.module, count.attribute) for count in read}
+    near, far = (
+        [count for count in _candidates(model, group, levels) if (count.module, count.attribute) not in known]
+        for levels in (1, 2)
+    )
     found = near or far
     units = [count for count in found if count.step == 1]
     if units and any(part.block > 1 for part in group.slices):
@@ -29,7 +33,32 @@ def proposals(model: nn.Module, group: Group) -> list[tuple[Count, ...]]:
     else:  # an integer that nothing reads, such as a container's out_channels, is better left alone
         choices = [[], found, far, units]
     unique = dict.fromkeys(tuple(choice) for choice in choices)
-    return [(*group.counts, *choice) for choice in unique]
+    return [(*group.counts, *first, *choice) for first in ([read, []] if read else [[]]) for choice in unique]
+
+
+def _held(model: nn.Module, reads: Sequence[Read]) -> list[Count]:
+    """What modules hold of the numbers that their operators were given.
+
+    A tuple of just these numbers falls at one place. Otherwise an integer may be the size of the part, and another
+    that of all parts, from which the module takes one by difference.
+    """
+    found: dict[tuple[str, str], int] = {}
+    total: dict[tuple[str, str], int] = defaultdict(int)
+    for read in reads:
+        around = dict.fromkeys((read.module, read.module.rpartition(".")[0]))
+        held = [(path, name, value) for path in around for name, value in vars(model.get_submodule(path)).items()]
+        exact = {
+            (p, f"{n}[{read.at}]"): read.step
+            for p, n, v in held
+            if type(v) in (tuple, list) and read.numbers == tuple(v)
+        }
+        found |= exact
+        for path, name, value in held if not exact else ():
+            if type(value) is int and value == read.numbers[read.at] > 1:
+                found[path, name] = read.step
+            elif type(value) is int and value == sum(read.numbers):
+                total[path, name] += read.step
+    return [Count(path, name, step) for (path, name), step in {**total, **found}.items()]
 
 
 def _candidates(model: nn.Module, group: Group, levels: int) -> list[Count]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from compress.groups import rules_elementwise, rules_layers, rules_shape
+from compress.groups import rules_elementwise, rules_layers, rules_parts, rules_shape
 from compress.groups.classes import Classes, Ids
 from compress.groups.graph import Graph, Node, Ref
-from compress.groups.step import Result, Rule, Step
+from compress.groups.step import Counted, Result, Rule, Step
 from compress.groups.values import Bundle, Value, freeze
 
-RULES: dict[str, Rule] = {**rules_elementwise.TABLE, **rules_shape.TABLE, **rules_layers.TABLE}
+RULES: dict[str, Rule] = {**rules_elementwise.TABLE, **rules_parts.TABLE, **rules_shape.TABLE, **rules_layers.TABLE}
 
-Counts = list[tuple[str, str, Ids]]
+Counts = list[Counted]
 Tensors = dict[str, list[Ids]]
 
 
