@@ -137,7 +137,7 @@ def _named(
         while name in taken:
             name += "'"
         taken.add(name)
-        named = replace(group, name=name)
+        named = replace(group, name=name, mixed=mixes)
         if named.size == 1:
             named = named.freeze("its channels leave only all together")
         groups.append(named)

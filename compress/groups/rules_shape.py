@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from compress.groups.rules_parts import standing
@@ -16,7 +18,20 @@ def reshaped(step: Step) -> Result:
     if len(value.shape) == 1 and found.bundles:  # a vector that is laid over an image, by a shape held in its module
         dim = found.bundles[0].dims[0]
         step.reads(found, dim, step.shape, dim)
-    return found
+    return Value(found.shape, tuple(_with_the_input(step, b) for b in found.bundles), found.loose)
+
+
+def _with_the_input(step: Step, bundle: Bundle) -> Bundle:
+    """Where places in heads are counted as input width / heads, a place leaves all heads, and the input with them."""
+    dims = sorted(bundle.dims)
+    size = [step.shape[d] for d in dims[-2:]]
+    trunk = next((b.ids for v in step.inputs for b in v.bundles if b.ids.shape == (math.prod(size),)), None)
+    if trunk is None or len(dims) < 2:
+        return bundle
+    last = bundle.dims.index(dims[-1])
+    ids = step.classes.collapse(bundle.ids, [axis for axis in range(len(dims)) if axis != last])
+    step.classes.unite(trunk.reshape(size), ids)
+    return Bundle((dims[-1],), ids)
 
 
 def permuted(step: Step) -> Result:

@@ -26,6 +26,7 @@ class Step:
     shapes: tuple[Shape | None, ...]
     classes: Classes
     counts: list[Counted]
+    inputs: tuple[Value, ...] = ()  # of the module, where it takes the width of its heads from theirs
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]

@@ -47,6 +47,7 @@ class Group:
     frozen: str | None = None  # why it cannot be cut, or None
     counts: tuple[Count, ...] = ()
     reads: tuple[Read, ...] = ()  # what may become counts; empty once the group is proved
+    mixed: bool = False  # what is left takes other values when one leaves, as in a layer norm
 
     def freeze(self, reason: str) -> Group:
         """The same group, marked as not to be cut; the first reason given stays."""
