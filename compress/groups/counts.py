@@ -13,6 +13,9 @@ from compress.structure import INTEGERS
 WIDTHS = {"dim", "embed_dim", "in_dim", "input_dim", "hidden_size", "num_features", "in_features", "out_features",
           "in_channels", "in_chs"}  # fmt: skip  # names of a layer's input width: seldom that of its heads
 
+# Words in the names of integers that count places or layers: those never follow channels.
+PLACES = ("block", "depth", "grid", "halo", "kernel", "patch", "resolution", "stride", "win_", "window")
+
 
 def proposals(model: nn.Module, group: Group) -> list[tuple[Count, ...]]:
     """Sets of integers that could follow the group, the likeliest first; the graph's own are in each.
@@ -32,6 +35,9 @@ def proposals(model: nn.Module, group: Group) -> list[tuple[Count, ...]]:
         choices = [[c for c in found if c.step == 1 or c.attribute not in WIDTHS], found, far, units, []]
     else:  # an integer that nothing reads, such as a container's out_channels, is better left alone
         choices = [[], found, far, units]
+    names = dict.fromkeys(count.attribute for count in units)  # two of one value, as many heads as places in each
+    if 1 < len(names) < 4:
+        choices += [[c for c in found if c.attribute == n or (c.step > 1 and c.attribute not in WIDTHS)] for n in names]
     unique = dict.fromkeys(tuple(choice) for choice in choices)
     return [(*group.counts, *first, *choice) for first in ([read, []] if read else [[]]) for choice in unique]
 
@@ -54,9 +60,11 @@ def _held(model: nn.Module, reads: Sequence[Read]) -> list[Count]:
         }
         found |= exact
         for path, name, value in held if not exact else ():
-            if type(value) is int and value == read.numbers[read.at] > 1:
+            if type(value) is not int or _of_places(name):
+                continue
+            if value == read.numbers[read.at] > 1:
                 found[path, name] = read.step
-            elif type(value) is int and value == sum(read.numbers):
+            elif value == sum(read.numbers):
                 total[path, name] += read.step
     return [Count(path, name, step) for (path, name), step in {**total, **found}.items()]
 
@@ -77,6 +85,11 @@ def _candidates(model: nn.Module, group: Group, levels: int) -> list[Count]:
         if isinstance(module, tuple(INTEGERS)):
             continue
         for name, value in vars(module).items():
-            if type(value) is int and value in steps and value > 1 and (path, name) not in known:
+            follows = type(value) is int and value in steps and value > 1 and not _of_places(name)
+            if follows and (path, name) not in known:
                 found.append(Count(path, name, steps[value]))
     return found
+
+
+def _of_places(name: str) -> bool:
+    return any(word in name for word in PLACES)
