@@ -205,6 +205,36 @@ class First(nn.Module):
         return self.last(y * self.scale.view(self.shape))
 
 
+class Folded(nn.Module):
+    """Overlapping windows of values, weighted and added where they came from (VOLO's outlook attention)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.weight, self.last = nn.Conv2d(12, 10, 1), nn.Conv2d(12, 9, 1), nn.Conv2d(10, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        windows = F.unfold(self.value(x), 3, padding=1).view(n, -1, 9, h * w)
+        y = windows * self.weight(x).view(n, 1, 9, h * w)
+        return self.last(F.fold(y.flatten(1, 2), (h, w), 3, padding=1))
+
+
+class Table(nn.Module):
+    """A table of biases per head, looked up and read in a shape that the module holds (CoAtNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.shape = 3, 8, (16, 16, 3)
+        self.qkv, self.proj, self.table = nn.Linear(24, 72), nn.Linear(24, 24), nn.Parameter(torch.randn(31, 3))
+        self.register_buffer("index", torch.arange(16)[:, None] - torch.arange(16) + 15)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).view(n, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.table[self.index.view(-1)].view(self.shape).permute(2, 0, 1)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).reshape(n, t, -1))
+
+
 def grouped(groups: int) -> nn.Module:
     """Grouped, transposed and depthwise convolutions in a row."""
     return nn.Sequential(nn.Conv2d(12, 12, 3, groups=groups), nn.ReLU(), nn.ConvTranspose2d(12, 12, 2, groups=12),
@@ -246,6 +276,8 @@ COUPLINGS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {  # netw
     ),
     "difference": (lambda: Images(Difference()), {"stem": 5, "stem[5:]": 7, "middle.conv": 5, "middle.last": 12}),
     "first": (lambda: Images(First()), {"stem": 12, "middle.up": 3, "middle.last": 12}),
+    "folded": (lambda: Images(Folded()), {"stem": 12, "middle.value": 10, "middle.last": 12}),
+    "table": (lambda: Tokens(Table()), {"embed": 24, "mix.qkv": 3}),
     "whole groups": (lambda: Images(grouped(4)), {"stem": 4, "middle.4": 12}),
     "within groups": (lambda: Images(grouped(2)), {"stem": 6, "middle.0": 6, "middle.4": 12}),
     "nested": (Nested, {"stem": 8}),

@@ -15,9 +15,9 @@ def reshaped(step: Step) -> Result:
     """Any operator that reads the same elements in the same order under another shape."""
     value = step.tensors()[0]
     found = reshape(step.classes, value, step.shape)
-    if len(value.shape) == 1 and found.bundles:  # a vector that is laid over an image, by a shape held in its module
-        dim = found.bundles[0].dims[0]
-        step.reads(found, dim, step.shape, dim)
+    if len(value.shape) < 3:  # a vector that is laid over an image, a table of biases: by a shape held in the module
+        for dim in (bundle.dims[0] for bundle in found.bundles if len(bundle.dims) == 1):
+            step.reads(found, dim, step.shape, dim)
     return Value(found.shape, tuple(_with_the_input(step, b) for b in found.bundles), found.loose)
 
 
@@ -144,6 +144,17 @@ def unfolded(step: Step) -> Result:
     return Value(step.shape, _repeated_in_place(value, 1, int(np.prod(step["kernel_size"]))))
 
 
+def folded(step: Step) -> Result:
+    """col2im (N, C k k, L) -> (N, C, H, W): k * k channels in a row are added into one, at several places."""
+    value: Value = step["self"]
+    value = stiffen(step.classes, value, [2], f"its channels are places ({step.where})")
+    number, channels, places = value.shape
+    window = int(np.prod(step["kernel_size"]))
+    wide = reshape(step.classes, value, (number, channels // window, window, places))
+    wide = stiffen(step.classes, wide, [2], step.why)
+    return Value(step.shape, wide.bundles)
+
+
 def _repeated_in_place(value: Value, dim: int, times: int) -> tuple[Bundle, ...]:
     """Each id along one axis several times in a row."""
     return tuple(Bundle(b.dims, b.ids.repeat(times, b.dims.index(dim))) if dim in b.dims else b for b in value.bundles)
@@ -166,5 +177,6 @@ TABLE: dict[str, Rule] = {
     "aten.pixel_shuffle": shuffled,
     "aten.pixel_unshuffle": shuffled,
     "aten.im2col": unfolded,
+    "aten.col2im": folded,
     "aten.unfold": unfolded,
 }
