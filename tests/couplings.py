@@ -224,14 +224,15 @@ class Table(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.shape = 3, 8, (16, 16, 3)
-        self.qkv, self.proj, self.table = nn.Linear(24, 72), nn.Linear(24, 24), nn.Parameter(torch.randn(31, 3))
+        self.num_heads, self.head_dim, self.biases = 3, 8, nn.Module()  # its forward is never called
+        self.biases.shape, self.biases.table = (16, 16, 3), nn.Parameter(torch.randn(31, 3))
+        self.qkv, self.proj = nn.Linear(24, 72), nn.Linear(24, 24)
         self.register_buffer("index", torch.arange(16)[:, None] - torch.arange(16) + 15)
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, _ = x.shape
         q, k, v = self.qkv(x).view(n, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        bias = self.table[self.index.view(-1)].view(self.shape).permute(2, 0, 1)
+        bias = self.biases.table[self.index.view(-1)].view(self.biases.shape).permute(2, 0, 1)
         return self.proj(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).reshape(n, t, -1))
 
 

@@ -51,22 +51,24 @@ def _held(model: nn.Module, reads: Sequence[Read]) -> list[Count]:
     found: dict[tuple[str, str], int] = {}
     total: dict[tuple[str, str], int] = defaultdict(int)
     for read in reads:
-        around = dict.fromkeys((read.module, read.module.rpartition(".")[0]))
-        held = [(path, name, value) for path in around for name, value in vars(model.get_submodule(path)).items()]
-        exact = {
-            (p, f"{n}[{read.at}]"): read.step
-            for p, n, v in held
-            if type(v) in (tuple, list) and read.numbers == tuple(v)
-        }
-        found |= exact
-        for path, name, value in held if not exact else ():
-            if type(value) is not int or _of_places(name):
-                continue
-            if value == read.numbers[read.at] > 1:
-                found[path, name] = read.step
-            elif value == sum(read.numbers):
-                total[path, name] += read.step
+        inside = [f"{read.module}.{name}".strip(".") for name, _ in model.get_submodule(read.module).named_children()]
+        exact = [(p, n) for p in (*_upwards(read.module), *inside) for n, value in vars(model.get_submodule(p)).items()
+                 if type(value) in (tuple, list) and tuple(value) == read.numbers]  # fmt: skip
+        found |= {(path, f"{name}[{read.at}]"): read.step for path, name in exact}
+        for path in _upwards(read.module) if not exact else ():
+            for name, value in vars(model.get_submodule(path)).items():
+                if type(value) is not int or _of_places(name):
+                    continue
+                if value == read.numbers[read.at] > 1:
+                    found[path, name] = read.step
+                elif value == sum(read.numbers):
+                    total[path, name] += read.step
     return [Count(path, name, step) for (path, name), step in {**total, **found}.items()]
+
+
+def _upwards(path: str) -> tuple[str, ...]:
+    """A module and the one around it."""
+    return tuple(dict.fromkeys((path, path.rpartition(".")[0])))
 
 
 def _candidates(model: nn.Module, group: Group, levels: int) -> list[Count]:
