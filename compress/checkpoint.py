@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from compress import foreign
 from compress.errors import LoadError
 from compress.files import atomic_write
-from compress.structure import resize
+from compress.structure import integers, resize, set_integer
 
 FORMAT = 1  # of the header; a file with a larger number was written by a newer version
 NONE: Mapping[str, Mapping[str, int]] = MappingProxyType({})
@@ -251,9 +251,9 @@ def _set_integers(model: nn.Module, checkpoint: Checkpoint) -> None:
     modules = dict(model.named_modules())
     for path, attributes in checkpoint.integers.items():
         for name, value in attributes.items():
-            if type(getattr(modules.get(path), name, None)) is not int or type(value) is not int:
+            if path not in modules or name not in integers(modules[path]) or type(value) is not int:
                 raise LoadError(f"{checkpoint.path} sets {path}.{name}, which the network does not have: check --arch")
-            setattr(modules[path], name, value)
+            set_integer(modules[path], name, value)
 
 
 def _some(names: list[str]) -> str:

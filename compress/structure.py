@@ -127,11 +127,33 @@ def underived(model: nn.Module, dense: nn.Module) -> dict[str, dict[str, int]]:
     resize(rebuilt, model.state_dict())
     found: dict[str, dict[str, int]] = {}
     for path, module in rebuilt.named_modules():
-        wanted = vars(model.get_submodule(path))
-        for name, value in vars(module).items():
-            if type(value) is int and type(wanted.get(name)) is int and wanted[name] != value:
+        wanted = integers(model.get_submodule(path))
+        for name, value in integers(module).items():
+            if wanted.get(name, value) != value:
                 found.setdefault(path, {})[name] = wanted[name]
     return found
+
+
+def integers(module: nn.Module) -> dict[str, int]:
+    """The integers that a module holds by attribute; those in a tuple or list as `name[0]`, `name[1]` and so on."""
+    found: dict[str, int] = {}
+    for name, value in vars(module).items():
+        if type(value) is int:
+            found[name] = value
+        elif type(value) in (tuple, list):
+            found.update({f"{name}[{at}]": item for at, item in enumerate(value) if type(item) is int})
+    return found
+
+
+def set_integer(module: nn.Module, name: str, value: int) -> None:
+    """Set one of `integers`; a tuple or list is replaced by a new one, as others may hold it too."""
+    name, _, place = name.partition("[")
+    if not place:
+        setattr(module, name, value)
+        return
+    held = getattr(module, name)
+    at = int(place.rstrip("]"))
+    setattr(module, name, type(held)([*held[:at], value, *held[at + 1 :]]))
 
 
 def redraw(model: nn.Module, seed: int) -> None:

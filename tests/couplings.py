@@ -165,6 +165,77 @@ class Parts(nn.Module):
         return self.last(torch.cat([one, two, self.b(two + three)], 1))
 
 
+class Held(nn.Module):
+    """Unequal parts whose sizes the module holds as a tuple; the first one gates the others (MambaOut)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = (12, 8, 4)
+        self.up, self.conv, self.last = nn.Conv2d(12, 24, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(12, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, one, two = torch.split(self.up(x), self.sizes, 1)
+        return self.last(F.silu(gate) * torch.cat([one, self.conv(two)], 1))
+
+
+class Difference(nn.Module):
+    """A part, and what is left of the whole (SHViT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim, self.part = 12, 5
+        self.conv, self.last = nn.Conv2d(5, 5, 3, padding=1), nn.Conv2d(12, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = torch.split(x, [self.part, self.dim - self.part], 1)
+        return self.last(torch.cat([self.conv(one), two], 1))
+
+
+class First(nn.Module):
+    """The first channels take a sum, as many as came in (ReXNet); all are scaled by a vector in a given shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.shape = 12, (15, 1, 1)
+        self.up, self.scale, self.last = nn.Conv2d(12, 15, 1), nn.Parameter(torch.rand(15)), nn.Conv2d(15, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        y = torch.cat([y[:, : self.width] + x, y[:, self.width :]], 1)
+        return self.last(y * self.scale.view(self.shape))
+
+
+class Folded(nn.Module):
+    """Overlapping windows of values, weighted and added where they came from (VOLO's outlook attention)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.weight, self.last = nn.Conv2d(12, 10, 1), nn.Conv2d(12, 9, 1), nn.Conv2d(10, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        windows = F.unfold(self.value(x), 3, padding=1).view(n, -1, 9, h * w)
+        y = windows * self.weight(x).view(n, 1, 9, h * w)
+        return self.last(F.fold(y.flatten(1, 2), (h, w), 3, padding=1))
+
+
+class Table(nn.Module):
+    """A table of biases per head, looked up and read in a shape that the module holds (CoAtNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.biases = 3, 8, nn.Module()  # its forward is never called
+        self.biases.shape, self.biases.table = (16, 16, 3), nn.Parameter(torch.randn(31, 3))
+        self.qkv, self.proj = nn.Linear(24, 72), nn.Linear(24, 24)
+        self.register_buffer("index", torch.arange(16)[:, None] - torch.arange(16) + 15)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).view(n, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.biases.table[self.index.view(-1)].view(self.biases.shape).permute(2, 0, 1)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).reshape(n, t, -1))
+
+
 def grouped(groups: int) -> nn.Module:
     """Grouped, transposed and depthwise convolutions in a row."""
     return nn.Sequential(nn.Conv2d(12, 12, 3, groups=groups), nn.ReLU(), nn.ConvTranspose2d(12, 12, 2, groups=12),
@@ -200,6 +271,14 @@ COUPLINGS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {  # netw
     "response": (lambda: Images(Response()), {"stem": 12, "middle.up": 20, "middle.down": 12}),
     "depth": (lambda: Images(Depth()), {"stem": 12, "middle.mix": 12, "middle.last": 12}),
     "parts": (lambda: Images(Parts()), {"stem": 4, "middle.b": 4, "middle.last": 12}),
+    "held": (
+        lambda: Images(Held()),
+        {"stem": 12, "middle.up": 8, "middle.up[8:]": 4, "middle.up[20:]": 4, "middle.last": 12},
+    ),
+    "difference": (lambda: Images(Difference()), {"stem": 5, "stem[5:]": 7, "middle.conv": 5, "middle.last": 12}),
+    "first": (lambda: Images(First()), {"stem": 12, "middle.up": 3, "middle.last": 12}),
+    "folded": (lambda: Images(Folded()), {"stem": 12, "middle.value": 10, "middle.last": 12}),
+    "table": (lambda: Tokens(Table()), {"embed": 24, "mix.qkv": 3}),
     "whole groups": (lambda: Images(grouped(4)), {"stem": 4, "middle.4": 12}),
     "within groups": (lambda: Images(grouped(2)), {"stem": 6, "middle.0": 6, "middle.4": 12}),
     "nested": (Nested, {"stem": 8}),

@@ -144,19 +144,28 @@ def test_what_cannot_lose_channels_says_why(forward, reason: str) -> None:
     assert groups["first"] is None and reason in groups["a"]
 
 
-def test_a_head_dim_taken_from_the_trunk_freezes_both() -> None:
-    """reshape(.., heads, C // heads) with C of the input: neither the trunk nor a head can leave by itself."""
+@pytest.mark.parametrize("heads", [2, 4])
+def test_a_head_dim_taken_from_the_trunk_falls_with_it(heads: int) -> None:
+    """reshape(.., heads, C // heads) with C of the input: a place leaves all heads, and the trunk in as many places."""
 
     class Derived(Fused):
         def forward(self, x: Tensor) -> Tensor:
             n, t, c = x.shape
             q, k, v = self.qkv(x).reshape(n, t, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, c))
+            return self.proj(F.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(1, 2).reshape(n, t, c))
 
-    model = Tokens(nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 24), Derived())).double()
-    groups = {g.name: g.frozen for g in trace(model, EXAMPLE)}
-    assert groups["mix.0"] is None
-    assert all("a trial cut fails: RuntimeError: shape" in groups[name] for name in ("mix.2", "mix.3.qkv"))
+    model = Tokens(nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 24), Derived(heads=heads))).double()
+    groups = trace(model, EXAMPLE)
+    places = 24 // heads
+    assert {g.name: g.size for g in groups if g.frozen is None} == {"embed": 24, "mix.0": 16, "mix.2": places}
+    trunk = next(g for g in groups if g.name == "mix.2")
+    assert {s.offset for s in trunk.slices if s.name == "mix.3.qkv.weight" and s.dim == 0} == {*range(0, 72, places)}
+    zeroed, pruned = copy.deepcopy(model), copy.deepcopy(model)
+    zero(zeroed, groups, {"mix.2": [0, 2, 3]})
+    cut(pruned, groups, {"mix.2": [0, 2, 3]})
+    with torch.no_grad():
+        assert (zeroed(EXAMPLE) - pruned(EXAMPLE)).abs().max() < 1e-12
+    assert pruned.mix[3].num_heads == heads
 
 
 def test_the_proof_freezes_when_time_runs_out_and_leaves_the_model() -> None:

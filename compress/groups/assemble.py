@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 
 from compress.groups.classes import Classes, Ids
-from compress.groups.types import Count, Group, Slice
+from compress.groups.step import Counted, Part
+from compress.groups.types import Count, Group, Read, Slice
 
-Key = tuple[str, int | str]  # a tensor and its axis, or a module and its integer
+Key = tuple[str, int | str | Part]  # a tensor and its axis, or a module and its integer, or numbers read in it
 
 
 def assemble(
-    classes: Classes, tensors: Mapping[str, Sequence[Ids]], counts: Sequence[tuple[str, str, Ids]]
+    classes: Classes, tensors: Mapping[str, Sequence[Ids]], counts: Sequence[Counted]
 ) -> tuple[tuple[Group, ...], set[str]]:
     """The groups of output channels, and the names of those behind a layer norm or the like.
 
@@ -24,9 +26,14 @@ def assemble(
     labels = classes.solve()
     keys: list[Key] = [(name, dim) for name, axes in tensors.items() for dim in range(len(axes))]
     arrays = [ids for axes in tensors.values() for ids in axes]
+    seen: set[tuple[Key, bytes]] = set()
     for path, attribute, ids in counts:
-        keys.append((path, attribute))
-        arrays.append(ids)
+        flat = labels[ids].reshape(-1, ids.shape[-1])
+        again = ((path, attribute), flat[0].tobytes())
+        if again not in seen and not (flat != flat[:1]).any():
+            keys.append((path, attribute))
+            arrays.append(ids.reshape(-1, ids.shape[-1])[0])
+            seen.add(again)
     key = np.concatenate([np.full(len(ids), k) for k, ids in enumerate(arrays)])
     place = np.concatenate([np.arange(len(ids)) for ids in arrays])
     ids = np.concatenate(arrays)
@@ -100,13 +107,17 @@ def _groups(rows: _Rows, members: Ids, keys: Sequence[Key]) -> list[tuple[tuple[
 def _group(place: Ids, key: Ids, keys: Sequence[Key]) -> Group:
     slices: list[Slice] = []
     counts: dict[Key, int] = {}
+    reads: list[Read] = []
     for begin, end in _runs(place[0], key):
         name, axis = keys[int(key[begin])]
         if isinstance(axis, int):
             slices.append(Slice(name, axis, end - begin, int(place[0, begin])))
-        else:
+        elif isinstance(axis, str):
             counts[name, axis] = counts.get((name, axis), 0) + end - begin
-    return Group("", len(place), tuple(slices), None, tuple(Count(m, str(a), n) for (m, a), n in counts.items()))
+        else:
+            reads.append(Read(name, *axis, end - begin))
+    follow = tuple(Count(module, str(attribute), step) for (module, attribute), step in counts.items())
+    return Group("", len(place), tuple(slices), None, follow, tuple(reads))
 
 
 def _runs(place: Ids, key: Ids) -> list[tuple[int, int]]:
@@ -126,7 +137,7 @@ def _named(
         while name in taken:
             name += "'"
         taken.add(name)
-        named = Group(name, group.size, group.slices, group.frozen, group.counts)
+        named = replace(group, name=name, mixed=mixes)
         if named.size == 1:
             named = named.freeze("its channels leave only all together")
         groups.append(named)

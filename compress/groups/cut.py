@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.groups.types import Group, Slice
-from compress.structure import resize
+from compress.structure import integers, resize, set_integer
 
 Kept = Mapping[str, Sequence[int]]  # group name -> the channels that remain, ascending; a group not named keeps all
 
@@ -27,7 +27,8 @@ def cut(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None:
     for group, channels in _removed(groups, kept):
         for count in group.counts:
             module = model.get_submodule(count.module)
-            setattr(module, count.attribute, getattr(module, count.attribute) - count.step * len(channels))
+            held = integers(module)[count.attribute]
+            set_integer(module, count.attribute, held - count.step * len(channels))
     resize(model, smaller)
 
 

@@ -55,10 +55,11 @@ def prove(
             families.setdefault(re.sub(r"\d+", "#", group.name), []).append(group)
         for family in sorted(families.values(), key=lambda f: f[0].name in mixed):
             _admit(trials, family)
-    return tuple(
+    found = (
         trials.proved.get(g.name) or (g.freeze(trials.reasons[g.name]) if g.name in trials.reasons else g)
         for g in groups
     )
+    return tuple(replace(group, reads=()) for group in found)
 
 
 def _likeliest(trials: _Trials, group: Group) -> Group:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from compress.groups import rules_elementwise, rules_layers, rules_shape
+from torch.utils._pytree import tree_leaves
+
+from compress.groups import rules_elementwise, rules_layers, rules_parts, rules_shape
 from compress.groups.classes import Classes, Ids
 from compress.groups.graph import Graph, Node, Ref
-from compress.groups.step import Result, Rule, Step
+from compress.groups.step import Counted, Result, Rule, Step
 from compress.groups.values import Bundle, Value, freeze
 
-RULES: dict[str, Rule] = {**rules_elementwise.TABLE, **rules_shape.TABLE, **rules_layers.TABLE}
+RULES: dict[str, Rule] = {**rules_elementwise.TABLE, **rules_parts.TABLE, **rules_shape.TABLE, **rules_layers.TABLE}
 
-Counts = list[tuple[str, str, Ids]]
+Counts = list[Counted]
 Tensors = dict[str, list[Ids]]
 
 
-def propagate(graph: Graph) -> tuple[Classes, Tensors, Counts]:
+def propagate(graph: Graph, derived: Collection[str] = ()) -> tuple[Classes, Tensors, Counts]:
     """Carry ids through every operator.
+
+    Args:
+        derived: paths of modules that take the width of their heads from their input's: both lose the same places.
 
     Returns: all statements; the ids of every named tensor, axis by axis; module integers with an id per unit.
     """
@@ -33,9 +38,15 @@ def propagate(graph: Graph) -> tuple[Classes, Tensors, Counts]:
         else:
             tensors[source.name] = [classes.new(size) for size in source.shape]
             values[source.index] = _value(source.shape, tensors[source.name])
+    inputs: dict[str, list[Value]] = {path: [] for path in derived}
+    paths: dict[int, str] = {}
     for node in graph.nodes:
+        for path in derived:
+            inputs[path] += _entering(node, path, values, paths)
+        paths.update(dict.fromkeys(range(node.index, node.index + len(node.shapes)), node.path))
         arguments = {name: _resolved(argument, values) for name, argument in node.arguments.items()}
-        step = Step(node.operator, node.path, arguments, node.shapes, classes, counts)
+        entered = tuple(inputs.get(node.path, ()))
+        step = Step(node.operator, node.path, arguments, node.shapes, classes, counts, entered)
         found = _applied(step, node)
         for at, value in enumerate(found if isinstance(found, tuple) else (found,)):
             values[node.index + at] = value
@@ -44,6 +55,19 @@ def propagate(graph: Graph) -> tuple[Classes, Tensors, Counts]:
         if value is not None:
             freeze(classes, value, "its channels reach the output")
     return classes, tensors, counts
+
+
+def _entering(node: Node, module: str, values: Mapping[int, Value | None], paths: Mapping[int, str]) -> list[Value]:
+    """Results of operators outside a module that this one takes into it."""
+    if not _within(node.path, module):
+        return []
+    indices = [ref.index for ref in tree_leaves(list(node.arguments.values())) if isinstance(ref, Ref)]
+    found = (values[i] for i in indices if i in paths and not _within(paths[i], module))
+    return [value for value in found if value is not None]
+
+
+def _within(path: str, module: str) -> bool:
+    return path == module or path.startswith(module + ".")
 
 
 def _value(shape: tuple[int, ...], ids: list[Ids]) -> Value:

@@ -6,8 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from compress.groups.classes import Classes, Ids
 from compress.groups.values import Shape, Value, align, place
+
+Part = tuple[tuple[int, ...], int]  # numbers that an operator was given, and which of them counts the ids
+# (module path, an attribute or such numbers, an id per unit along the last axis: for joint ids, the others repeat them)
+Counted = tuple[str, str | Part, Ids]
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,8 @@ class Step:
     arguments: Mapping[str, Any]
     shapes: tuple[Shape | None, ...]
     classes: Classes
-    counts: list[tuple[str, str, Ids]]  # (module path, attribute, one id per unit that the attribute counts)
+    counts: list[Counted]
+    inputs: tuple[Value, ...] = ()  # of the module, where it takes the width of its heads from theirs
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -45,6 +52,20 @@ class Step:
     def why(self) -> str:
         """The usual reason: something that stays lies beside the channels."""
         return f"its channels meet positions that stay ({self.where})"
+
+    def reads(self, value: Value, dim: int, sizes: Sequence[int], at: int | None = None) -> None:
+        """The operator was given the sizes of an axis' parts, or with `at` a shape; the module may hold them."""
+        bundle = value.at(dim)
+        if bundle is None:
+            return
+        ids = np.moveaxis(bundle.ids, bundle.dims.index(dim), -1)
+        if at is not None:
+            self.counts.append((self.path, (tuple(sizes), at), ids))
+            return
+        begin = 0
+        for number, size in enumerate(sizes):
+            self.counts.append((self.path, (tuple(sizes), number), ids[..., begin : begin + size]))
+            begin += size
 
     def tensors(self) -> list[Value]:
         """Every tensor among the arguments, those in lists too."""

@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -16,13 +16,14 @@ from torch import nn
 from compress.errors import PruneError
 from compress.example import Example, arguments, like, shapes
 from compress.groups.assemble import assemble
-from compress.groups.graph import prepare, read
+from compress.groups.graph import Graph, prepare, read
 from compress.groups.prove import prove
 from compress.groups.rules import propagate
 from compress.groups.twin import shared
 from compress.groups.types import Group
 
 log = logging.getLogger(__name__)
+RESHAPES = ("aten.reshape", "aten.view", "aten.unflatten")
 TIME_LIMIT = 120.0  # seconds; of 88 networks torch.export took 5.6 for the slowest
 
 
@@ -46,34 +47,65 @@ def trace(model: nn.Module, example: Example, *, time_limit: float = TIME_LIMIT)
         twin = shared(model)
         own = next((t for t in twin.state_dict().values() if t.is_floating_point()), arguments(example)[0])
         example = like(example, own)
-        groups, mixed = find(twin, example)
-        groups = tuple(_rigid(twin, group) for group in groups)
-        left = 0.8 * time_limit - (time.monotonic() - began)
-        groups = prove(twin, example, groups, mixed=mixed, seconds=left)
+        graph = _graph(twin, example)
+        groups = _proved(twin, example, graph, (), until=began + 0.8 * time_limit)
+        derived = _derived(graph, groups)
+        if derived and time.monotonic() - began < 0.3 * time_limit:
+            again = _proved(twin, example, graph, derived, until=began + 0.8 * time_limit)
+            groups = max(groups, again, key=_freedom)
     if all(group.frozen for group in groups):
         reasons = "; ".join(f"{g.name}: {g.frozen}" for g in groups[:3]) or "no convolution or linear layer found"
         raise PruneError(f"no channel of this network can be removed ({reasons})")
     return groups
 
 
-def find(model: nn.Module, example: Example) -> tuple[tuple[Group, ...], set[str]]:
+def find(model: nn.Module, example: Example, derived: Collection[str] = ()) -> tuple[tuple[Group, ...], set[str]]:
     """The groups as the graph shows them, not yet proved, and the names of those that mix channels (layer norms).
+
+    Args:
+        derived: see `propagate`.
 
     Raises:
         PruneError: the network does not run on `example`, or torch.export cannot read it.
     """
+    return _found(model, _graph(model, example), derived)
+
+
+def _proved(
+    model: nn.Module, example: Example, graph: Graph, derived: Collection[str], *, until: float
+) -> tuple[Group, ...]:
+    groups, mixed = _found(model, graph, derived)
+    groups = tuple(_rigid(model, group) for group in groups)
+    return prove(model, example, groups, mixed=mixed, seconds=until - time.monotonic())
+
+
+def _derived(graph: Graph, groups: Sequence[Group]) -> set[str]:
+    """Modules that may take the width of their heads from their input's: they reshape, and there a trial failed."""
+    failed = {part.name for group in groups if "RuntimeError: shape" in (group.frozen or "") for part in group.slices}
+    reshaping = {node.path for node in graph.nodes if node.operator in RESHAPES and len(node.shapes[0] or ()) > 3}
+    return {path for path in reshaping if any(name.startswith(path + ".") for name in failed)}
+
+
+def _freedom(groups: Sequence[Group]) -> int:
+    """How many axes of tensors can be cut."""
+    return len({(part.name, part.dim) for group in groups if group.frozen is None for part in group.slices})
+
+
+def _found(model: nn.Module, graph: Graph, derived: Collection[str]) -> tuple[tuple[Group, ...], set[str]]:
+    classes, found, counts = propagate(graph, derived)
+    state = model.state_dict(keep_vars=True)
+    tensors = {name: found[name] for name in state if name in found}
+    return assemble(classes, tensors, counts)
+
+
+def _graph(model: nn.Module, example: Example) -> Graph:
     try:
-        graph = read(model, example)
+        return read(model, example)
     except PruneError:
         raise
     except Exception as error:
         _must_run(model, example)
         raise PruneError(f"torch.export cannot read the network: {line(error)}{_part(model)}") from error
-    classes, found, counts = propagate(graph)
-    state = model.state_dict(keep_vars=True)
-    tensors = {name: found[name] for name in state if name in found}
-    groups, mixed = assemble(classes, tensors, counts)
-    return groups, mixed
 
 
 # Modules whose forward derives one width from another, so that no part of them can be cut by itself.

@@ -28,6 +28,16 @@ class Count:
 
 
 @dataclass(frozen=True)
+class Read:
+    """Numbers that an operator in a module was given, one of which counts the channels; the module may hold them."""
+
+    module: str
+    numbers: tuple[int, ...]  # the sizes of a split's parts, or a shape
+    at: int  # which of them falls
+    step: int = 1
+
+
+@dataclass(frozen=True)
 class Group:
     """Channels that must be kept or removed together, in every tensor that `slices` names."""
 
@@ -36,6 +46,8 @@ class Group:
     slices: tuple[Slice, ...]
     frozen: str | None = None  # why it cannot be cut, or None
     counts: tuple[Count, ...] = ()
+    reads: tuple[Read, ...] = ()  # what may become counts; empty once the group is proved
+    mixed: bool = False  # what is left takes other values when one leaves, as in a layer norm
 
     def freeze(self, reason: str) -> Group:
         """The same group, marked as not to be cut; the first reason given stays."""
