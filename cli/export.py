@@ -101,6 +101,7 @@ def _metadata(info: ModelInfo, source: Checkpoint, costs: Costs) -> dict[str, st
         "source_sha256": source.sha256,
         "arch": info.arch,
         "data": name,
+        "task": info.task,
         "labels": list(info.labels or ()),
         "mean": list(info.mean or ()),
         "std": list(info.std or ()),

@@ -50,12 +50,13 @@ def inspect(
     seconds = time.perf_counter() - began
     shape = image_shape(network, info, input_size)
     weights = source.path if source is not None else "weights as they are drawn"
-    view.note(f"{weights}: {info.arch}, images of {' x '.join(map(str, shape))}{', pruned' * info.pruned}")
+    about = f"images of {' x '.join(map(str, shape))}{', pruned' * info.pruned}"
+    view.note(f"{weights}: {info.arch}, {about}" + (info.task and f", for {info.task}"))
     found = _examine(network, shape, metric)
     view.note(f"loaded in {view.figure(seconds)} s, traced in {view.figure(found['seconds']['trace'])} s")
     if as_json:
         file = {"model": str(model or source.path), "sha256": source.sha256} if source else {"model": None}
-        names = {**file, "arch": info.arch, "arch_kwargs": info.arch_kwargs}
+        names = {**file, "arch": info.arch, "arch_kwargs": info.arch_kwargs, "task": info.task}
         found["seconds"]["load"] = seconds
         view.document({**names, "input_size": list(shape), "pruned": info.pruned, **found})
 

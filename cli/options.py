@@ -22,6 +22,12 @@ Data = Annotated[
     str | None,
     typer.Option("--data", help="digits, a folder, Parquet files, hf:NAME, pkg.module:function"),
 ]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        "--task", help="classification, segmentation, pkg.module:Task, file.py:Task; default: what the file says"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document as the last line of stdout")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Errors only")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Log lines, and a traceback with an error")]

@@ -40,6 +40,7 @@ def prune(
     ] = None,
     arch: options.Arch = None,
     arch_arg: options.ArchArg = None,
+    task: options.Task = None,
     data: options.Data = None,
     epochs: Annotated[Optional[int], typer.Option("--epochs", help="All training together")] = None,  # noqa: UP045
     round_to: Annotated[Text, typer.Option("--round-to", metavar="N|auto", help="Channel block of the widths")] = None,
@@ -80,7 +81,7 @@ def prune(
             "round_to": int(round_to) if round_to is not None and round_to.isdigit() else round_to,
         },
         "train": {"epochs": epochs},
-        "": {"seed": seed, "device": device, "threads": threads},
+        "": {"task": _absolute_code(task), "seed": seed, "device": device, "threads": threads},
     }  # fmt: skip
     is_begun = resume and ranks.first(lambda: out is not None and (out / "recipe.yaml").is_file())
     checked = _recipe(recipe, given, set_ or [], out if is_begun else None)
@@ -168,11 +169,15 @@ def _finish(path: Path, *, as_json: bool) -> None:
 
 def _run(recipe: Recipe, network: nn.Module, info: ModelInfo, folder: RunFolder, sha256: str, *, as_json: bool) -> None:
     from compress import pipeline, ranks
+    from compress.cli import user_code
     from compress.errors import RunFolderError
 
     try:
-        with view.Live() as live:
-            report = pipeline.run(recipe, network, info, folder=folder, source_sha256=sha256, on_event=live.show)
+        task = user_code.task(recipe.task, info.task)
+        with view.Live(task.metric) as live:
+            report = pipeline.run(
+                recipe, network, info, folder=folder, source_sha256=sha256, on_event=live.show, task=task
+            )
     except KeyboardInterrupt:
         view.hint(f"stopped; continue with: compress resume {folder.path}")
         raise

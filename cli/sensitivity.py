@@ -131,6 +131,9 @@ def _images(info: ModelInfo, source: str | None, count: int, seed: int) -> Image
     info = complete(info, loaded)
     val = _batches(info, loaded.val, count, seed)
     calibration = _batches(info, loaded.train, count, seed) if len(loaded.train) else val
+    if loaded.val.has_masks:
+        view.note(f"{loaded.name} holds masks: the distortion of the outputs is measured")
+        val, calibration = [(x, None) for x, _ in val], [(x, None) for x, _ in calibration]
     return Images(val, calibration, loaded.name, "val", "")
 
 

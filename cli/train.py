@@ -31,6 +31,7 @@ def train(
         Path | None, typer.Option("--init", help="Start from these weights instead of from scratch")
     ] = None,
     arch_arg: options.ArchArg = None,
+    task: options.Task = None,
     method: Annotated[
         Text, typer.Option("--method", help="A regulariser, e.g. ggr for sparse training: see `compress methods`")
     ] = None,
@@ -70,12 +71,13 @@ def train(
     from compress import checkpoint, ranks
     from compress.checkpoint import ModelInfo
     from compress.cli import arch as architectures
-    from compress.cli import load
+    from compress.cli import load, user_code
     from compress.data import load as load_data
     from compress.errors import UsageError
     from compress.fit import fit
     from compress.pipeline import Event
     from compress.recipe import PrunePart
+    from compress.report.words import metric_words
     from compress.train import Settings
 
     if out.suffix not in (".pt", ".safetensors"):
@@ -86,6 +88,7 @@ def train(
         raise UsageError(f"--val-share {val_share:g} is out of range; it must be above 0 and below 1")
     given = _regularizers([*([method] if method else []), *(regularize or [])], density, set_ or [])
     arch_args = architectures.parse_arch_args(arch_arg or [])
+    wanted = user_code.task(task) if task else None  # before the data, which takes longer
     loaded = load_data(data, image_size=image_size, val_share=val_share, seed=seed)
     if init is not None:
         model, info, _ = load.network(init, arch, arch_args)
@@ -95,8 +98,9 @@ def train(
         built = architectures.resolve(arch, {**defaults, **arch_args}, None)
         model = built.model
         info = ModelInfo(arch=built.name, arch_kwargs=built.kwargs, mean=built.mean, std=built.std)
+    wanted = wanted or user_code.task(None, info.task)
     settings = Settings(
-        epochs=epochs, lr=lr, label_smoothing=label_smoothing, keep_best=True, seed=seed,
+        task=wanted, epochs=epochs, lr=lr, label_smoothing=label_smoothing, keep_best=True, seed=seed,
         penalty_share=PrunePart().penalty_share,
     )  # fmt: skip
     state = out.with_suffix(".state")
@@ -104,13 +108,15 @@ def train(
         if not resume:
             state.unlink(missing_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-    with view.Live() as live:
+    with view.Live(wanted.metric) as live:
         fitted = fit(
             model, info, loaded, settings, batch_size=batch_size, device=device, regularize=given, state=state,
             on_progress=lambda progress: live.show(Event("train", progress=progress)),
         )  # fmt: skip
     save = checkpoint.save_pt if out.suffix == ".pt" else checkpoint.save
-    origin: dict[str, Any] = {"top1": fitted.top1, "split": fitted.split, "epochs": epochs, "seed": seed, "lr": lr}
+    origin: dict[str, Any] = {
+        wanted.metric: fitted.top1, "split": fitted.split, "epochs": epochs, "seed": seed, "lr": lr,
+    }  # fmt: skip
     if given:
         origin["regularize"] = {name: dict(own) for name, own in given.items()}
     if ranks.is_first():
@@ -118,12 +124,14 @@ def train(
         state.unlink(missing_ok=True)
     sparse = _sparsity(model, fitted)
     view.note(
-        f"{out}: top-1 {fitted.top1:.2f} % on {fitted.split}, "
+        f"{out}: {metric_words(wanted.metric)} {fitted.top1:.2f} % on {fitted.split}, "
         f"best validation epoch {fitted.outcome.best_epoch + 1} of {epochs}" + _words(sparse)
     )
     if as_json:
-        best = {"top1": fitted.top1, "split": fitted.split, "val_top1": fitted.outcome.best_top1}
-        view.document({"out": str(out), **best, **sparse})
+        best = {"split": fitted.split, "val_top1": fitted.outcome.best_top1}
+        metric = {"name": wanted.metric, "value": fitted.top1}
+        top1 = fitted.top1 if wanted.metric == "top1" else None
+        view.document({"out": str(out), "task": wanted.name, "top1": top1, "metric": metric, **best, **sparse})
 
 
 def _regularizers(names: list[str], density: float | None, overrides: list[str]) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from compress.errors import LoadError
+from compress.task import Task, check, ours
 
 
 @contextmanager
@@ -32,25 +33,44 @@ def importable(name: str) -> Iterator[None]:
         sys.path[:] = before
 
 
-def function(name: str) -> Callable[..., Any]:
+def task(asked: str | None, said: str = "") -> Task:
+    """What --task names, or without it what a file says: the latter is a name of ours and never code that is run.
+
+    Raises:
+        LoadError: a task of one's own cannot be imported or made.
+        UsageError: the name is unknown, or what is made is no task.
+    """
+    if not asked or ":" not in asked:
+        return ours(asked or said)
+    with importable(asked):
+        build = function(asked, "--task")
+        try:
+            made = build()
+        except (Exception, SystemExit) as error:
+            raise LoadError(f"--task {asked} cannot be made: {line(error)}") from error
+    return check(made, f"--task {asked}")
+
+
+def function(name: str, option: str = "--arch") -> Callable[..., Any]:
     """The function that `pkg.module:function` or `path/to/file.py:function` names; call it inside `importable`.
 
     Raises:
-        LoadError: it cannot be imported, is absent, or is nothing that builds a network.
+        LoadError: it cannot be imported, is absent, or is nothing that can be called; it names the `option`.
     """
     place, _, attribute = name.rpartition(":")
     try:
         module = _file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except (Exception, SystemExit) as error:
-        raise LoadError(f"--arch {name}: {place} cannot be imported: {line(error)}") from error
+        raise LoadError(f"{option} {name}: {place} cannot be imported: {line(error)}") from error
     try:
         builder = getattr(module, attribute)
     except AttributeError as error:
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise LoadError(f"--arch {name}: {place} has no {attribute!r}{close_to(attribute, public)}") from error
+        raise LoadError(f"{option} {name}: {place} has no {attribute!r}{close_to(attribute, public)}") from error
     if isinstance(builder, nn.Module) or not callable(builder):
         kind = type(builder).__name__
-        raise LoadError(f"--arch {name}: {attribute} is a {kind}: name a function that builds the network")
+        what = "network" if option == "--arch" else "task"
+        raise LoadError(f"{option} {name}: {attribute} is a {kind}: name a function that builds the {what}")
     return builder  # type: ignore[no-any-return]
 
 

@@ -130,15 +130,18 @@ def share(value: float) -> str:
 
 def result(report: Mapping[str, Any]) -> None:
     """The end of a run: dense -> pruned, and where everything is."""
+    from compress.report.words import measured, metric_words, reached
+
     dense, pruned = report["dense"], report["pruned"]
     latency = pruned["latency_ms"]
-    split, change = report["split"]["name"], pruned["top1"] - dense["top1"]
+    split, what = report["split"]["name"], metric_words(measured(pruned))
+    before, after = reached(dense), reached(pruned)
     kept = report["kept"]
     rows = [
         ("params", f"{dense['params']:,}", f"{pruned['params']:,}", figure(kept["params"])),
         ("MACs (M)", figure(dense["macs"] / 1e6), figure(pruned["macs"] / 1e6), figure(kept["macs"])),
         ("ONNX file (kB)", figure(dense["size_bytes"] / 1e3), figure(pruned["size_bytes"] / 1e3), figure(kept["size"])),
-        (f"top-1 on {split} (%)", f"{dense['top1']:.2f}", f"{pruned['top1']:.2f}", f"{change:+.2f} points"),
+        (f"{what} on {split} (%)", f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f} points"),
         ("latency p50 (ms)", figure(dense["latency_ms"]["p50"]), figure(latency["p50"]), speedup(report["speedup"])),
     ]
     table(
@@ -169,9 +172,10 @@ def count(number: int, noun: str) -> str:
 
 
 class Live:
-    """Progress of a run: bars on a terminal, one line per epoch elsewhere."""
+    """Progress of a run: bars on a terminal, one line per epoch elsewhere; `metric` is what validation measures."""
 
-    def __init__(self) -> None:
+    def __init__(self, metric: str = "top1") -> None:
+        self._metric = metric
         self._bars: Progress | None = None
         if _console.is_terminal and not _quiet:
             self._bars = Progress(
@@ -198,9 +202,11 @@ class Live:
         at = event.progress
         if self._bars is None:
             if at.top1 is not None:
+                from compress.report.words import metric_words
+
                 note(
                     f"  {event.stage} epoch {at.epoch + 1}/{at.epochs}: loss {at.loss:.4f}, penalty {at.penalty:.4f}, "
-                    f"val top-1 {at.top1:.2f} %, {at.images_per_second:.0f} images/s"
+                    f"val {metric_words(self._metric)} {at.top1:.2f} %, {at.images_per_second:.0f} images/s"
                 )
             return
         if self._stage != event.stage or self._task is None:

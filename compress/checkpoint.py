@@ -35,6 +35,7 @@ class ModelInfo(BaseModel, frozen=True, extra="forbid"):
     mean: tuple[float, ...] | None = None  # of the input channels, for images in 0..1
     std: tuple[float, ...] | None = None
     data: str | None = None  # the --data it was trained on
+    task: str = ""  # the name of a task of ours, or task.OWN; "" is unknown
     pruned: bool = False  # the shapes are not the ones `arch` builds
     origin: dict[str, JsonValue] = {}  # method, target, seed, sha256 of the source, ...
 

@@ -24,6 +24,7 @@ from compress.errors import CompressError, ParityError
 from compress.example import Example, arguments, shapes, tile
 from compress.files import atomic_path
 from compress.onnx_file import TINY, finish
+from compress.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -129,15 +130,20 @@ def predict(path: Path, batches: Iterable[Tensor | Array], *, threads: int | Non
     return (_run(session, (torch.as_tensor(batch),), path.name)[0] for batch in batches)
 
 
-def top1(path: Path, loader: Iterable[tuple[Tensor, Tensor]], *, threads: int | None = None) -> float:
-    """Percent, 0-100, of the loader's normalised images that ONNX Runtime puts into the labelled class."""
-    session, right, total = open_session(path, threads=threads or torch.get_num_threads()), 0, 0
-    for images, labels in loader:
-        right += int((_run(session, (images,), path.name)[0].argmax(1) == labels.numpy(force=True)).sum())
-        total += len(labels)
-    if not total:
-        raise CompressError(f"no images to measure the top-1 of {path.name} on; give a split that is not empty")
-    return 100.0 * right / total
+def metric(path: Path, loader: Iterable[Any], task: Task, *, threads: int | None = None) -> float:
+    """The task's metric in percent, 0-100, of what ONNX Runtime gives for the loader's batches: its first output.
+
+    Raises:
+        CompressError: there is no batch.
+    """
+    session, counts = open_session(path, threads=threads or torch.get_num_threads()), list[Tensor]()
+    for batch in loader:
+        inputs, targets = task.unpack(batch)
+        output = torch.from_numpy(_run(session, arguments(inputs), path.name)[0])
+        counts.append(task.count(task.logits(output).float(), targets).cpu())
+    if not counts:
+        raise CompressError(f"no images to measure the metric of {path.name} on; give a split that is not empty")
+    return task.value(torch.stack(counts).sum(0))
 
 
 def read_metadata(path: Path) -> dict[str, str]:

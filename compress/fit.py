@@ -18,6 +18,7 @@ from compress.groups import Group, trace
 from compress.regularize import SPARSE_TRAINING, Regularizer
 from compress.regularize.make import make
 from compress.regularize.masks import Masks
+from compress.task import recorded
 
 Options = Mapping[str, Mapping[str, Any]]  # a regulariser's name -> what its constructor is given
 Log = Sequence[tuple[int, Mapping[str, float]]]  # (step, name -> density)
@@ -26,7 +27,7 @@ NONE: Options = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Fitted:
-    """What came of it; top1 in percent, on the split named."""
+    """What came of it; top1, or what the task measures instead, in percent, on the split named."""
 
     info: ModelInfo
     outcome: train.Outcome
@@ -60,8 +61,10 @@ def fit(
             `settings.penalty_share`, save those whose strength is given.
         state: file that is written after every epoch and from which an interrupted training goes on.
     """
+    task = settings.task
+    train.check_data(task, loaded)
     accelerator = train.accelerator(device, precision)
-    completed = complete(info, loaded)
+    completed = complete(info, loaded).model_copy(update={"task": recorded(task)})
 
     def loader(split: data.Split, *, training: bool = False) -> data.Loader:
         assert completed.mean is not None and completed.std is not None
@@ -79,7 +82,9 @@ def fit(
         )
 
     training, val = loader(loaded.train, training=True), loader(loaded.val)
-    groups = () if regularize.keys() <= SPARSE_TRAINING else trace(model, next(iter(val))[0][:1].cpu())
+    example = next(iter(val))[0][:1].cpu()
+    train.check_output(model, example, task, loaded.labels)
+    groups = () if regularize.keys() <= SPARSE_TRAINING else trace(model, example)
     model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     regularizers = make(regularize, {"steps": settings.epochs * len(training)})
     try:
@@ -93,7 +98,7 @@ def fit(
         for regularizer in regularizers:
             regularizer.detach()
     split, name = (loaded.test, "test") if loaded.test is not None else (loaded.val, "val")
-    top1, _ = train.evaluate(model, loader(split), device=accelerator)
+    top1, _ = train.evaluate(model, loader(split), device=accelerator, task=task)
     model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return Fitted(completed, outcome, top1, name, density, log)
 

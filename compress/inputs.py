@@ -19,7 +19,7 @@ from compress.errors import DataError, LoadError, UsageError
 from compress.export import read_metadata
 
 SplitName = Literal["train", "val", "test"]
-KNOWN = ("arch", "labels", "mean", "std", "data")  # of ModelInfo, as an ONNX file of ours carries them
+KNOWN = ("arch", "labels", "mean", "std", "data", "task")  # of ModelInfo, as an ONNX file of ours carries them
 
 
 def image_shape(model: nn.Module, info: ModelInfo, side: int | None = None) -> tuple[int, int, int]:
@@ -123,7 +123,7 @@ def onnx_info(path: Path, side: int | None = None) -> tuple[ModelInfo, int | Non
     try:
         for key, text in read_metadata(path).items():
             if key in KNOWN and text:
-                found[key] = (text if key in ("arch", "data") else json.loads(text)) or None
+                found[key] = (text if key in ("arch", "data", "task") else json.loads(text)) or None
         return ModelInfo(**{key: value for key, value in found.items() if value}), fixed
     except (ValueError, ValidationError) as error:
         raise LoadError(f"the metadata of {path} is damaged: {str(error).splitlines()[0]}; export it again") from error

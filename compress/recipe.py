@@ -123,6 +123,7 @@ class Recipe(BaseModel):
     prune: PrunePart = PrunePart()
     train: TrainPart = TrainPart()
     bench: BenchPart = BenchPart()
+    task: str = Field("", description="--task; empty: as the checkpoint says, else classification")
     seed: int = Field(0, ge=0, lt=2**31)
     device: str = Field("auto", description="cpu, cuda, cuda:N; auto: cuda where there is one")
     threads: int | None = Field(None, ge=1, description="CPU threads of training; None: torch's default")

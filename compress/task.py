@@ -24,7 +24,10 @@ class Task(Protocol):
         """A batch of the loader as what the network is called with, a tensor or a tuple of them, and the targets."""
 
     def logits(self, output: Any) -> Tensor:
-        """The part of the network's output that is compared with the targets, (N, classes, ...)."""
+        """The part of the network's output that is compared with the targets, (N, classes, ...).
+
+        Of an ONNX file it is given the first output, a tensor.
+        """
 
     def loss(self, logits: Tensor, targets: Any, *, label_smoothing: float = 0.0) -> Tensor:
         """The mean loss, (), in float32; `logits` are float32 too."""
@@ -110,6 +113,27 @@ class Segmentation:
 
 TASKS: dict[str, Callable[[], Task]] = {"classification": Classification, "segmentation": Segmentation}
 CLASSIFICATION = Classification()
+OWN = "own"  # what a file says of a task that is none of ours: never what code to run
+FORMS = f"{', '.join(TASKS)}, or one of your own: pkg.module:Task or file.py:Task"
+
+
+def ours(name: str) -> Task:
+    """The task of ours that is called so; "" is classification.
+
+    Raises:
+        UsageError: another name, or OWN, of which a file does not tell more.
+    """
+    if name == OWN:
+        raise UsageError("the network was trained for a task that is none of ours: name it with --task, or --task "
+                         + " or --task ".join(TASKS))  # fmt: skip
+    if name and name not in TASKS:
+        raise UsageError(f"the task {name!r} is unknown; there are {FORMS}")
+    return TASKS[name or "classification"]()
+
+
+def recorded(task: Task) -> str:
+    """What a file may say of the task: its name if it is one of ours, else OWN."""
+    return next((name for name, build in TASKS.items() if type(task) is build), OWN)
 
 
 def check(made: object, name: str) -> Task:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from compress import export
 from compress.errors import CompressError, LoadError, ParityError
-from compress.export import flush_tiny, predict, prove, read_metadata, to_onnx, top1
+from compress.export import flush_tiny, metric, predict, prove, read_metadata, to_onnx
+from compress.task import CLASSIFICATION
 from compress.train import accelerator
 
 
@@ -205,9 +206,10 @@ def test_top1_is_counted_by_onnx_runtime_itself(images: Tensor, tmp_path: Path) 
     to_onnx(model, images, tmp_path / "model.onnx")
     labels = model(images).argmax(1)
     labels[0] = (labels[0] + 1) % 4
-    assert top1(tmp_path / "model.onnx", [(images[:3], labels[:3]), (images[3:], labels[3:])]) == 80.0
-    with pytest.raises(CompressError, match="no images to measure the top-1"):
-        top1(tmp_path / "model.onnx", [])
+    batches = [(images[:3], labels[:3]), (images[3:], labels[3:])]
+    assert metric(tmp_path / "model.onnx", batches, CLASSIFICATION) == 80.0
+    with pytest.raises(CompressError, match="no images to measure the metric"):
+        metric(tmp_path / "model.onnx", [], CLASSIFICATION)
     with pytest.raises(ParityError, match=r"does not run at shape \(1, 5\)"):
         list(predict(tmp_path / "model.onnx", [torch.zeros(1, 5)]))
     with pytest.raises(CompressError, match=r"example inputs of shape \(0, 3, 4, 4\) hold no batch"):

@@ -92,7 +92,8 @@ def test_a_changed_document_is_found(folder: Path, name: str, key: str, value: A
 
 def test_a_lie_told_everywhere_is_found(folder: Path) -> None:
     for name in ("report.json", "parity.json"):
-        change(folder / name, "pruned.top1", 99.9)
+        for key in ("pruned.top1", "pruned.metric.value"):
+            change(folder / name, key, 99.9)
     assert states(folder, "FAILED") == {"top-1"}
     assert checked(folder)["top-1"].detail.endswith("99.90 % in the report")
 

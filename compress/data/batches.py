@@ -19,7 +19,7 @@ from compress.errors import DataError
 
 log = logging.getLogger(__name__)
 
-Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), targets (N,) int64
+Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), targets (N,) int64, or masks (N, H, W) int64
 _Fetch = Callable[[int], Iterator[Batch]]  # the batches of an epoch, as they are stored
 
 
@@ -79,6 +79,11 @@ class Loader:
         """For each batch of the next pass where its images lie in the split, (n,) int64."""
         return self._plan.batches(self._plan.order(self._epoch))
 
+    @property
+    def is_brief(self) -> bool:
+        """Whether outputs may be kept for a whole pass: it is still, and an output is a row, not one row a pixel."""
+        return self.is_still and isinstance(self._fetch, _MemoryFetch) and not self._fetch.has_masks
+
     def in_order(self) -> Loader:
         """Every image of a still loader once, this process's share: positions rank, rank + world, ..."""
         assert self.is_still and isinstance(self._fetch, _MemoryFetch)
@@ -91,7 +96,10 @@ class Loader:
         return self._plan.count
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield images (N, C, H, W) float32, channels last, normalised, and targets (N,) int64, both on the device."""
+        """Yield images (N, C, H, W) float32, channels last, normalised, and targets int64, both on the device.
+
+        Targets are labels (N,) or masks (N, H, W).
+        """
         epoch = self._epoch
         for number, (images, targets) in enumerate(self._fetch(epoch)):
             yield self._prepare(images, mix(self._plan.seed, epoch, self._plan.rank, number)), targets
@@ -124,6 +132,9 @@ def loader(
     plan = _Plan(len(split), batch_size, train, train if drop_last is None else drop_last, seed, rank, world)
     _check(split, plan, mean, std)
     chosen = "none" if not train else split.augment if augment == "auto" else augment
+    if split.has_masks and chosen != "none":
+        raise DataError(f"augmentation is '{chosen}', but {split.name} has masks, which would have to move along; "
+                        "allowed is none")  # fmt: skip
     target = torch.device(device)
     fetch: _Fetch
     if isinstance(split, MemorySplit):
@@ -167,13 +178,17 @@ class _MemoryFetch:
     def __init__(self, plan: _Plan, images: Tensor, targets: Tensor) -> None:
         self._plan, self._images, self._targets = plan, images, targets
 
+    @property
+    def has_masks(self) -> bool:
+        return self._targets.ndim > 1
+
     def by(self, plan: _Plan) -> _MemoryFetch:
         """The same images in other batches."""
         return _MemoryFetch(plan, self._images, self._targets)
 
     def __call__(self, epoch: int) -> Iterator[Batch]:
         for index in self._plan.batches(self._plan.order(epoch).to(self._images.device)):
-            yield self._images[index], self._targets[index]
+            yield self._images[index], self._targets[index].long()  # masks are kept in bytes
 
 
 class _StreamFetch:

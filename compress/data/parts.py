@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from compress.data.masks import Pairs
 from compress.data.split import Encoded, Indices
 
 # The names that splits go by in the wild, and ours.
@@ -28,3 +29,4 @@ class Source:
     parts: Mapping[str, Part]
     labels: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    pairs: Mapping[str, Pairs] = field(default_factory=dict)  # instead of parts and labels: images with masks

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compress.data.decode import check_unreadable, decode_all, fit_arrays, native_shape
+from compress.data.masks import Pairs, class_count, read_pairs, remarks, shape_of
 from compress.data.parts import Part, Source
 from compress.data.sources import open_source
 from compress.data.split import Augment, Data, MemorySplit, Shape, Split, StreamSplit, hold_out
@@ -42,6 +43,12 @@ def load(
     """
     _check_arguments(image_size=image_size, channels=channels, val_share=val_share, max_unreadable=max_unreadable)
     opened = open_source(source, image_size)
+    if opened.pairs:
+        first = next(iter(opened.pairs.values()))
+        shape = (channels, image_size, image_size) if image_size else shape_of(first, channels)
+        masked, labels = _read_pairs(opened.pairs, source, shape, is_exact=image_size is None, num_classes=num_classes)
+        train, val, test, lines = _divide(masked, ("with masks",), source, share=val_share, seed=seed)
+        return Data(source, labels, train, val, test, _fingerprint(masked), (*remarks(opened.pairs), *lines))
     _check_labels(opened, source, num_classes)
     shape = _shape(opened, image_size, channels)
     is_exact = image_size is None
@@ -61,6 +68,28 @@ def load(
     _check_classes(splits, opened.labels, source)
     train, val, test, lines = _divide(splits, opened.labels, source, share=val_share, seed=seed)
     return Data(source, opened.labels, train, val, test, fingerprint, (*notes, *lines))
+
+
+def _read_pairs(
+    pairs: Mapping[str, Pairs], source: str, shape: Shape, *, is_exact: bool, num_classes: int | None
+) -> tuple[dict[str, Split], tuple[str, ...]]:
+    """Splits of images with masks, and the classes, which are called by their numbers."""
+    if shape[0] not in (1, 3):
+        raise DataError(_CHANNELS.format(channels=shape[0], about=f"'{source}'"))
+    size = (shape[0] + 1) * shape[1] * shape[2] * sum(len(part) for part in pairs.values())
+    if size > MEMORY_LIMIT:
+        raise DataError(
+            f"data '{source}' needs {size / 2**30:.3g} GiB decoded, {MEMORY_LIMIT / 2**30:.3g} are allowed, and images "
+            "with masks are not streamed; give a smaller image size"
+        )
+    found = {
+        name: read_pairs(part, f"{name} of '{source}'", shape=shape, is_exact=is_exact, num_classes=num_classes)
+        for name, part in pairs.items()
+    }
+    count = class_count([split.targets for split in found.values()])
+    if count < 2:
+        raise DataError(f"the masks of '{source}' hold {count} classes; at least 2 are needed; add another class")
+    return dict(found), tuple(str(index) for index in range(count))
 
 
 def may_flip(labels: Sequence[str]) -> bool:
@@ -198,6 +227,8 @@ def _divide(
         notes.append("test: the given val split, used once at the end; selection uses images held out of train")
     elif test is None:
         notes.append("test: none given")
-    rest, held = hold_out(train.targets.numpy(), share=share, seed=seed, labels=labels)
-    notes.append(f"val: {100 * share:.3g} % of train held out per class ({len(held):,} images), seed {seed}")
+    strata = np.zeros(len(train), np.int64) if train.has_masks else train.targets.numpy()
+    rest, held = hold_out(strata, share=share, seed=seed, labels=labels)
+    how = "" if train.has_masks else " per class"
+    notes.append(f"val: {100 * share:.3g} % of train held out{how} ({len(held):,} images), seed {seed}")
     return train.subset(rest, train.name), train.subset(held, f"val of '{source}'"), test, notes

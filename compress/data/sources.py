@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from compress.data.masks import has_masks, pair
 from compress.data.parts import SPLIT_NAMES, Part, Source
 from compress.data.split import hold_out
 from compress.data.tables import open_hub, open_parquet, read_tables
@@ -105,6 +106,8 @@ def _open_folder(path: Path) -> Source:
             f"folder '{path}' holds neither train/, val/ nor test/ nor Parquet files; allowed are those; "
             "put one folder per class into train/"
         )
+    if has_masks(splits):
+        return Source({}, (), pairs=pair(path, splits))
     return open_image_folder(path, splits)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,11 +33,16 @@ class MemorySplit:
 
     name: str  # "train of digits", for messages
     images: Tensor  # (N, C, H, W) uint8
-    targets: Tensor  # (N,) int64
+    targets: Tensor  # (N,) int64; or masks, (N, H, W) uint8
     augment: Augment  # what "auto" stands for
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether there is a class for each pixel, not one per image."""
+        return self.targets.ndim > 1
 
     @property
     def shape(self) -> Shape:
@@ -61,6 +66,7 @@ class StreamSplit:
     augment: Augment
     shape: Shape
     max_unreadable: float  # largest share of unreadable images that a pass over the split survives
+    has_masks: ClassVar[bool] = False
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -25,7 +25,8 @@ from compress.folder import RunFolder
 from compress.recipe import Recipe
 from compress.regularize import Regularizer
 from compress.structure import underived
-from compress.train import Outcome, Progress, Settings, accelerator, finetune
+from compress.task import Task, ours, recorded
+from compress.train import Outcome, Progress, Settings, accelerator, check_data, evaluate, finetune
 
 log = logging.getLogger(__name__)
 # Epochs below which images in memory are not augmented: there is nothing to overfit yet, and what is learned of shifted
@@ -60,6 +61,7 @@ class Run:
     data: Data
     device: Any  # accelerate.Accelerator
     emit: OnEvent
+    task: Task
 
     @property
     def prepared(self) -> dict[str, Any]:
@@ -154,7 +156,12 @@ class Run:
             compile=bool(self.prepared["compile"]),
             seed=self.recipe.seed * 1000 + (0 if phase == "recover" else int(phase.removeprefix("round-"))),
             phase=phase,
+            task=self.task,
         )
+
+    def evaluate(self, model: nn.Module) -> tuple[float, float]:
+        """The task's metric in percent and the mean loss on the validation split."""
+        return evaluate(self.on_device(model), self.loader(self.data.val), device=self.device, task=self.task)
 
     def train(
         self,
@@ -200,15 +207,23 @@ class Run:
 
 
 def open_run(
-    recipe: Recipe, model: nn.Module, info: ModelInfo, folder: RunFolder, source_sha256: str, emit: OnEvent
+    recipe: Recipe,
+    model: nn.Module,
+    info: ModelInfo,
+    folder: RunFolder,
+    source_sha256: str,
+    emit: OnEvent,
+    task: Task | None = None,
 ) -> Run:
     """Check what can be checked at once, load the data and the dense weights, save what a resume needs of both."""
     emit(Event("load"))
     part = recipe.data
+    task = task or ours(recipe.task or info.task)
     device = accelerator(recipe.device, recipe.train.precision, recipe.train.trackers, folder.path / "trackers")
     ranks.first(lambda: _check_bench(recipe))
     ranks.share(recipe.train.batch_size)
-    info = info.model_copy(update={"mean": part.mean or info.mean, "std": part.std or info.std})
+    known = {"mean": part.mean or info.mean, "std": part.std or info.std, "task": recorded(task)}
+    info = info.model_copy(update=known)
     loaded = inputs.load_data(
         info,
         part.source or None,
@@ -217,6 +232,7 @@ def open_run(
         seed=recipe.seed,
         max_unreadable=part.max_unreadable,
     )
+    check_data(task, loaded)
     _check_same(loaded)
     for note in loaded.notes:
         emit(Event("load", note))
@@ -236,7 +252,7 @@ def open_run(
 
     settled = ModelInfo.model_validate(ranks.first(settle))
     _load(model, folder.path / "state" / "dense.safetensors")
-    return Run(recipe, folder, model.eval(), settled, loaded, device, emit)
+    return Run(recipe, folder, model.eval(), settled, loaded, device, emit, task)
 
 
 def _load(model: nn.Module, path: Path) -> None:

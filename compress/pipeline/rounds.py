@@ -23,13 +23,14 @@ from compress.plan import NO_LIMITS, Plan, apply, select
 from compress.recipe import Recipe
 from compress.regularize import REGULARIZERS, SPARSE_TRAINING, Regularizer
 from compress.regularize.make import make
-from compress.report.words import strength_words
+from compress.report.words import metric_words, strength_words
 from compress.scores import DATA_DRIVEN, SCORES, Scores
 from compress.sensitivities import Sensitivity, limits, read
 from compress.structure import redraw
 from compress.train import numbers
 
 SCORE_BATCHES = 8  # training batches that a data-driven score sees: about a thousand images, in seconds (ours)
+LOSS_DRIVEN = {"taylor", "hessian"}  # data-driven scores that differentiate the task's loss
 FOLD_BATCHES = 8  # training batches that the fold sees, likewise
 MAX_GROUP_DROP = 1.0  # points that a group alone may cost where the recipe names a sensitivity and no limit (ours)
 SIZE_MARGIN = 0.005  # by how much a file's size is undercut: the bytes of its graph change a little with the widths
@@ -88,10 +89,11 @@ def _round(run: Run, model: nn.Module, what: _Round) -> dict[str, Any]:
     if what.before is None:
         run.save("state/sparse.safetensors", model, pruned=False)
     cut = _cut(run, model, groups, scores, what.keep)
-    train.recalibrate(run.on_device(model), run.loader(run.data.train, train=True), device=run.device)
-    top1, _ = train.evaluate(model, run.loader(run.data.val), device=run.device)
+    batches = run.loader(run.data.train, train=True)
+    train.recalibrate(run.on_device(model), batches, device=run.device, task=run.task)
+    top1, _ = run.evaluate(model)
     reached = f"{cut['reached']:.3g} of the {run.recipe.prune.metric}"
-    run.emit(Event(what.name, f"cut to {reached}: validation top-1 {top1:.2f} %"))
+    run.emit(Event(what.name, f"cut to {reached}: validation {metric_words(run.task.metric)} {top1:.2f} %"))
     run.save(f"state/{what.name}.safetensors", model.cpu(), pruned=not zeros.is_fine(run.recipe))
     return {
         "plan": cut,
@@ -218,7 +220,12 @@ def _scores(run: Run, model: nn.Module, groups: Sequence[Group], regularizers: S
         batches = islice(run.loader(run.data.train, train=True), SCORE_BATCHES) if name in DATA_DRIVEN else None
         if name == "random":
             return SCORES[name](model, groups, seed=run.recipe.seed)  # type: ignore[call-arg]
+        if name in LOSS_DRIVEN:
+            return SCORES[name](model, groups, batches, loss=loss)  # type: ignore[call-arg]
         return SCORES[name](model, groups, batches)
+
+    def loss(output: Any, targets: Any) -> Tensor:
+        return run.task.loss(run.task.logits(output).float(), targets)
 
     told = ranks.first(lambda: {group: values.tolist() for group, values in score().items()})
     return {group: torch.tensor(values) for group, values in told.items()}

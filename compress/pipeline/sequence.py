@@ -18,6 +18,7 @@ from compress.folder import RunFolder
 from compress.pipeline.context import Event, OnEvent, open_run
 from compress.pipeline.stages import STAGES, TOGETHER
 from compress.recipe import Recipe
+from compress.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ def run(
     folder: RunFolder,
     source_sha256: str = "",
     on_event: OnEvent = lambda event: None,
+    task: Task | None = None,
 ) -> dict[str, Any]:
     """Prune `model` as `recipe` says and leave the evidence in `folder`; what is there already is not done again.
 
@@ -39,6 +41,7 @@ def run(
         model: the dense network with its weights, on the CPU; not changed. When the folder holds a copy of the dense
             weights already (a resumed run), those are taken.
         info: what the checkpoint says about it. Missing: normalisation is measured on the training images.
+        task: one's own; None: the task of ours that the recipe or `info` names.
         source_sha256: of the checkpoint file, for the metadata of what is written.
 
     Returns: the report, as in report.json.
@@ -57,7 +60,7 @@ def run(
 
     with ExitStack() as held, _threads(recipe.threads):
         ranks.first(lambda: _hold(held, folder))
-        opened = open_run(recipe, model, info, folder, source_sha256, emit)
+        opened = open_run(recipe, model, info, folder, source_sha256, emit, task)
         for name, stage in STAGES.items():
             if opened.has(f"state/{name}.json"):
                 continue
@@ -84,7 +87,7 @@ def _log(event: Event) -> None:
         log.info("%s: %s", event.stage, event.text or "begins")
     elif at.top1 is not None:
         facts = (event.stage, at.epoch + 1, at.epochs, at.loss, at.penalty, at.top1)
-        log.info("%s: epoch %d of %d: loss %.4f, penalty %.4f, validation top-1 %.2f", *facts)
+        log.info("%s: epoch %d of %d: loss %.4f, penalty %.4f, validation %.2f %%", *facts)
 
 
 @contextmanager

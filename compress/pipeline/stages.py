@@ -16,8 +16,8 @@ from compress import cost, report, sparse, train
 from compress.bench import benchmark
 from compress.bench.machine import vector_block
 from compress.data import Loader
-from compress.errors import LoadError, TargetError, UsageError
-from compress.export import Proof, to_onnx, top1
+from compress.errors import TargetError, UsageError
+from compress.export import Proof, metric, to_onnx
 from compress.groups import trace
 from compress.pipeline import zeros
 from compress.pipeline.context import Run
@@ -25,6 +25,7 @@ from compress.pipeline.rounds import make_regularizers, select_as, sensitivity_o
 from compress.recipe import Recipe
 from compress.regularize import REGULARIZERS
 from compress.sensitivities import read
+from compress.task import Classification
 
 
 def epochs(recipe: Recipe, steps_per_epoch: int) -> tuple[list[int], int]:
@@ -51,7 +52,8 @@ def epochs(recipe: Recipe, steps_per_epoch: int) -> tuple[list[int], int]:
 def prepare(run: Run) -> dict[str, Any]:
     """Trace and price the dense network, judge it, and see that the target is within reach before any training."""
     example = run.example()
-    _check_output(run, example)
+    train.check_output(run.dense, example, run.task, run.data.labels)
+    _check_score(run)
     if zeros.is_fine(run.recipe):
         zeros.check(run.recipe, run.dense)
     make_regularizers(run.recipe, {})
@@ -66,7 +68,7 @@ def prepare(run: Run) -> dict[str, Any]:
         whole = costs.total(run.recipe.prune.metric)
         found = sensitivity_of(run)
         select_as(run.recipe, groups, even, costs, keep=run.recipe.prune.keep, whole=whole, found=found)
-    accuracy, loss = train.evaluate(run.on_device(run.dense), run.loader(run.data.val), device=run.device)
+    accuracy, loss = run.evaluate(run.dense)
     loader = run.loader(run.data.train, train=True)
     sparse, recover = epochs(run.recipe, len(loader))
     return {
@@ -110,8 +112,13 @@ def export(run: Run) -> dict[str, Any]:
     ):
         path = run.folder.path / file
         proof = _to_onnx(run, model, path, name)
-        accuracy = top1(path, _on_cpu(run.loader(split)))
-        found[name] = {**proof.model_dump(mode="json"), "top1": accuracy, "size_bytes": path.stat().st_size}
+        value = metric(path, _on_cpu(run.loader(split)), run.task)
+        found[name] = {
+            **proof.model_dump(mode="json"),
+            "top1": value if run.task.metric == "top1" else None,
+            "metric": {"name": run.task.metric, "value": value},
+            "size_bytes": path.stat().st_size,
+        }
         if zeros.is_fine(run.recipe) and name == "pruned":
             found[name]["weights"] = zeros.count_file(model, path)
     share = found["pruned"]["size_bytes"] / found["dense"]["size_bytes"]
@@ -173,22 +180,11 @@ STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
 }
 
 
-def _check_output(run: Run, example: Tensor) -> None:
-    """Classification needs one row of logits per image, and at least as many as there are labels."""
-    try:
-        with torch.no_grad():
-            output = run.dense.eval()(example)
-    except Exception as error:
-        line = (str(error).splitlines() or [""])[0]
-        raise LoadError(f"the network does not run on images of shape {tuple(example.shape[1:])}: {line}") from error
-    if not isinstance(output, Tensor) or output.dim() != 2:
-        kind = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise LoadError(f"the network gives {kind} where a classifier gives (N, classes)")
-    if output.shape[1] < len(run.data.labels):
-        raise LoadError(
-            f"the network has {output.shape[1]} outputs, the data set {len(run.data.labels)} classes; "
-            f"give the matching --data, or --arch-arg num_classes={len(run.data.labels)} with weights that fit"
-        )
+def _check_score(run: Run) -> None:
+    """`obd-c` draws labels from the outputs, one per image."""
+    prune = run.recipe.prune
+    if "obd-c" in (prune.score, prune.method) and not isinstance(run.task, Classification):
+        raise UsageError(f"the score obd-c is for classification, not for {run.task.name}; take hessian instead")
 
 
 def _beside_weights(run: Run, costs: cost.Costs) -> float:
@@ -215,6 +211,7 @@ def _metadata(run: Run, model: nn.Module, example: Tensor, name: str) -> dict[st
         "source_sha256": run.read("env.json")["source_sha256"],
         "arch": run.info.arch,
         "data": run.public_data or "",
+        "task": run.info.task,
         "labels": list(run.info.labels or ()),
         "mean": list(run.info.mean or ()),
         "std": list(run.info.std or ()),
@@ -234,7 +231,9 @@ def _is_compiled(run: Run, loader: Loader, count: int) -> bool:
     """Whether the phases are compiled: decided once and kept, so that a resumed run computes the same numbers."""
     if run.recipe.train.compile != "auto":
         return run.recipe.train.compile == "on"
-    return train.compile_pays(run.on_device(copy.deepcopy(run.dense)), loader, epochs=count, device=run.device)
+    return train.compile_pays(
+        run.on_device(copy.deepcopy(run.dense)), loader, epochs=count, device=run.device, task=run.task
+    )
 
 
 def _on_cpu(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:

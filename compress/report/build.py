@@ -66,6 +66,7 @@ def _network(costs: Mapping[str, Any], proof: Mapping[str, Any], measured: Mappi
         "macs": int(costs["macs"]),
         "size_bytes": measured["size_bytes"],
         "top1": proof["top1"],
+        "metric": proof.get("metric") or {"name": "top1", "value": proof["top1"]},
         "latency_ms": {key: latency[key] for key in LatencyMs.model_fields},
         "throughput": latency["throughput"],
     }
@@ -88,7 +89,7 @@ def _structure(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _training(stages: Mapping[str, Any]) -> dict[str, Any]:
-    """The epochs of every phase, and validation top-1 along the way."""
+    """The epochs of every phase, and the metric on the validation split along the way."""
     rounds, recover = stages["sparse"]["rounds"], stages["recover"]
     return {
         "val_top1": {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from compress.report.words import figure
+from compress.report.words import figure, measured, metric_words
 
 Scale = Callable[[float], float]  # a value -> percent from the left, or from the top
 
@@ -173,7 +173,7 @@ def _accuracy(report: Mapping[str, Any]) -> Chart:
     scale = _linear(low, high)
     total = len(history)
     return Chart(
-        "Validation top-1",
+        f"Validation {metric_words(measured(report['pruned']))}",
         "percent",
         (_line(history, "val_top1", "validation", "val", scale),),
         tuple(Mark(scale(value), f"{value:g}") for value in ticks(low, high, 5)),

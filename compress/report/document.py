@@ -25,6 +25,14 @@ class LatencyMs(BaseModel):
     n: int
 
 
+class Metric(BaseModel):
+    """What the task measures, in percent on `split`: top1, miou, or what a task of one's own calls its metric."""
+
+    model_config = _FROZEN
+    name: str
+    value: Figure
+
+
 class Network(BaseModel):
     """What one network costs and does. `params` numbers, `macs` per image, `top1` percent on `split`."""
 
@@ -32,7 +40,8 @@ class Network(BaseModel):
     params: int
     macs: int
     size_bytes: int
-    top1: float
+    top1: float | None = Field(description="None where the task measures something else")
+    metric: Metric
     latency_ms: LatencyMs
     throughput: float = Field(description="images/s at the median")
 
@@ -78,7 +87,7 @@ class Parity(Proof):
 
 
 class SplitUsed(BaseModel):
-    """The images that `top1` was taken on."""
+    """The images that the metric was taken on."""
 
     model_config = _FROZEN
     name: str
@@ -110,7 +119,7 @@ class Densities(BaseModel):
 
 
 class Round(BaseModel):
-    """Validation top-1 of one round, in percent: after its training, and right after its cut."""
+    """The task's metric on the validation split, in percent: after a round's training, and right after its cut."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     trained: Figure = None
@@ -118,7 +127,7 @@ class Round(BaseModel):
 
 
 class ValTop1(BaseModel):
-    """Validation top-1 in percent along the way."""
+    """The task's metric (top-1) on the validation split along the way, in percent."""
 
     model_config = _FROZEN
     dense: float

@@ -13,6 +13,10 @@ from markupsafe import Markup
 
 from compress.report import charts, words
 
+_TASKS = {  # by metric, as the Hub calls them
+    "top1": ("image-classification", "Image classification"),
+    "miou": ("image-segmentation", "Image segmentation"),
+}
 _FOLDER = Path(__file__).parent
 _MARKDOWN = re.compile(r"([\\`*_\[\]|~])")
 _NAMES = ("figure", "percent", "points", "count", "speed_words", "latency_conditions", "command", "wilson",
@@ -76,6 +80,7 @@ def _values(report: Mapping[str, Any]) -> dict[str, Any]:
         "macs_unit": _macs(report)[0],
         "size_unit": _size(report)[0],
         "title": _title(report),
+        "metric": _metric(report),
         "limits": words.limits(report),
         "seconds": words.stage_times(report["seconds"]),
     }
@@ -91,6 +96,7 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     dense, pruned, kept = report["dense"], report["pruned"], report["kept"]
     macs_unit, macs = _macs(report)
     size_unit, size = _size(report)
+    reached = words.reached(dense), words.reached(pruned)
     before, after = dense["latency_ms"], pruned["latency_ms"]
     gains = {"p50": words.speed_words(report["speedup"])}
     times = [
@@ -102,11 +108,15 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
          f"{dense['params']:,}", f"{pruned['params']:,}", f"{words.percent(kept['params'])} remain"),
         (f"MACs per image{f' ({macs_unit})' if macs_unit else ''}", *macs, f"{words.percent(kept['macs'])} remain"),
         (f"ONNX file ({size_unit})", *size, f"{words.percent(kept['size'])} remain"),
-        (f"top-1 on {report['split']['name']} (%)", f"{dense['top1']:.2f}", f"{pruned['top1']:.2f}",
-         f"{words.points(dense['top1'], pruned['top1'])} points"),
+        (f"{_metric(report)} on {report['split']['name']} (%)", f"{reached[0]:.2f}", f"{reached[1]:.2f}",
+         f"{words.points(*reached)} points"),
         *times,
         ("throughput (images/s)", words.figure(dense["throughput"]), words.figure(pruned["throughput"]), ""),
     ]  # fmt: skip
+
+
+def _metric(report: Mapping[str, Any]) -> str:
+    return words.metric_words(words.measured(report["pruned"]))
 
 
 def _macs(report: Mapping[str, Any]) -> tuple[str, tuple[str, str]]:
@@ -124,10 +134,10 @@ def _front(report: Mapping[str, Any]) -> dict[str, Any]:
     kind = "unstructured-pruning" if words.is_in_place(report) else "structured-pruning"
     return {
         "library_name": "onnx",
-        "pipeline_tag": "image-classification",
+        "pipeline_tag": _TASKS.get(words.measured(report["pruned"]), _TASKS["top1"])[0],
         "tags": list(dict.fromkeys(("onnx", "pruning", kind, "compress-to-onnx", report["method"]))),
         **({"datasets": [source.removeprefix("hf:")]} if source.startswith("hf:") else {}),
-        "metrics": ["accuracy"],
+        "metrics": [_figure_of(report["pruned"])[0]],
         "model-index": [
             {"name": f"{name}-{report['method']}", "results": [_result(report, report["pruned"])]},
             {"name": f"{name}-dense", "results": [_result(report, report["dense"])]},
@@ -135,18 +145,25 @@ def _front(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _figure_of(network: Mapping[str, Any]) -> tuple[str, str]:
+    """The metric as the Hub calls it, and in words."""
+    name = words.measured(network)
+    known = {"top1": ("accuracy", "Top-1 accuracy (percent)"), "miou": ("mean_iou", "Mean IoU (percent)")}
+    return known.get(name, (name, f"{name} (percent)"))
+
+
 def _result(report: Mapping[str, Any], network: Mapping[str, Any]) -> dict[str, Any]:
     data, split, latency = words.without_folder(report["data"]["name"]), report["split"]["name"], network["latency_ms"]
     where = words.latency_conditions(latency)
     figures = [
-        ("accuracy", "Top-1 accuracy (percent)", round(network["top1"], 2)),
+        (*_figure_of(network), round(words.reached(network), 2)),
         ("parameters", "Parameters", network["params"]),
         ("macs", "MACs per image", network["macs"]),
         ("file_size", "ONNX file (bytes)", network["size_bytes"]),
         ("latency", f"Median latency (ms), {where}", float(f"{latency['p50']:.3g}")),
     ]
     return {
-        "task": {"type": "image-classification", "name": "Image classification"},
+        "task": dict(zip(("type", "name"), _TASKS.get(words.measured(network), _TASKS["top1"]), strict=True)),
         "dataset": {"type": data.removeprefix("hf:"), "name": data, "split": split},
         "metrics": [{"type": kind, "name": name, "value": value} for kind, name, value in figures],
     }

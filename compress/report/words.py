@@ -10,6 +10,7 @@ from typing import Any
 
 RUNTIMES = {"ort-cpu": "ONNX Runtime CPU", "ort-cuda": "ONNX Runtime CUDA"}
 METRICS = {"params": "parameters", "macs": "MACs", "size": "bytes"}
+MEASURED = {"top1": "top-1", "miou": "mean IoU"}  # the metrics of our tasks
 _KEYS = {"params": "params", "macs": "macs", "size": "size_bytes"}
 Z95 = 1.959964  # standard normal quantile at 0.975
 
@@ -18,13 +19,29 @@ def verdict(report: Mapping[str, Any]) -> str:
     """What came of the run: size, speed with its interval and conditions, accuracy on the named split."""
     dense, pruned, split = report["dense"], report["pruned"], report["split"]["name"]
     speed = f"{speed_words(report['speedup'])} on {latency_conditions(pruned['latency_ms'])}"
-    accuracy = f"top-1 {dense['top1']:.2f} -> {pruned['top1']:.2f} on {split}"
+    before, after = (reached(network) for network in (dense, pruned))
+    accuracy = f"{metric_words(measured(pruned))} {before:.2f} -> {after:.2f} on {split}"
     if is_in_place(report):
         return f"{zeros_in_place(report)}; {accuracy}; {speed}"
     metric = report["metric"] if report["metric"] in METRICS else "params"
     key = _KEYS[metric]
     size = f"{pruned[key]:,} of {dense[key]:,} {METRICS[metric]} remain ({percent(report['kept'][metric])})"
     return f"{size}; {speed}; {accuracy}"
+
+
+def measured(network: Mapping[str, Any]) -> str:
+    """The name of the metric that a network was judged by; reports from before there were several have top-1."""
+    return str((network.get("metric") or {"name": "top1"})["name"])
+
+
+def reached(network: Mapping[str, Any]) -> float:
+    """The metric's value, in percent."""
+    return float((network.get("metric") or {"value": network["top1"]})["value"])
+
+
+def metric_words(name: str) -> str:
+    """`top-1`, `mean IoU`; the metric of a task of one's own is called what that task calls it."""
+    return MEASURED.get(name, name)
 
 
 def is_in_place(report: Mapping[str, Any]) -> bool:
@@ -108,14 +125,19 @@ def wilson(top1: float, images: int) -> tuple[float, float]:
 
 def limits(report: Mapping[str, Any]) -> list[str]:
     """What these figures do not say, as sentences."""
-    images, split, top1 = report["split"]["images"], report["split"]["name"], report["pruned"]["top1"]
-    low, high = wilson(top1, images)
-    found = [
-        f"Accuracy was counted on {count(images, 'image')} ({split}): one image is {figure(100 / images)} points, and "
-        f"the 95 % interval (Wilson) of {top1:.2f} % is {low:.1f} to {high:.1f} %."
-    ]
+    images, split, pruned = report["split"]["images"], report["split"]["name"], report["pruned"]
+    name, value, what = measured(pruned), reached(pruned), "accuracy"
+    if name == "top1":
+        low, high = wilson(value, images)
+        found = [
+            f"Accuracy was counted on {count(images, 'image')} ({split}): one image is {figure(100 / images)} points, "
+            f"and the 95 % interval (Wilson) of {value:.2f} % is {low:.1f} to {high:.1f} %."
+        ]
+    else:
+        what = metric_words(name)
+        found = [f"The {what} was measured on {count(images, 'image')} ({split}); no interval is given for it."]
     if split == "val":
-        found.append("There is no test split: the same images also chose the weights, so this accuracy is too good.")
+        found.append(f"There is no test split: the same images also chose the weights, so this {what} is too good.")
     if report["speedup"]["verdict"] == "not distinguishable":
         found.append("The speed-up's interval contains 1: on this machine no difference in speed could be measured.")
     if is_in_place(report):

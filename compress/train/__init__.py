@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from compress.train.check import check_data as check_data
+from compress.train.check import check_output as check_output
 from compress.train.device import accelerator as accelerator
 from compress.train.device import compile_pays as compile_pays
 from compress.train.device import has_bf16 as has_bf16

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from compress import ranks
 from compress.data import Loader
 from compress.errors import TrackerError, UsageError
+from compress.example import arguments
+from compress.task import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,7 +84,9 @@ def has_bf16(on_cpu: bool) -> bool:
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
-def compile_pays(model: nn.Module, loader: Loader, *, epochs: int, device: Accelerator) -> bool:
+def compile_pays(
+    model: nn.Module, loader: Loader, *, epochs: int, device: Accelerator, task: Task = CLASSIFICATION
+) -> bool:
     """Whether torch.compile would win back its own time in a phase of `epochs`: a few eager steps are timed on `model`.
 
     Every phase compiles anew, for its own widths. Without a C++ compiler, and on short training, it never pays.
@@ -93,10 +96,11 @@ def compile_pays(model: nn.Module, loader: Loader, *, epochs: int, device: Accel
     model.train()
     seconds = []
     with seeded(0):
-        for images, labels in islice(loader, 4):
+        for batch in islice(loader, 4):
             began = time.perf_counter()
+            images, targets = task.unpack(batch)
             with device.autocast():
-                loss = F.cross_entropy(model(images).float(), labels)
+                loss = task.loss(task.logits(model(*arguments(images))).float(), targets)
             loss.backward()  # type: ignore[no-untyped-call]
             float(loss.detach())
             seconds.append(time.perf_counter() - began)
