@@ -15,7 +15,7 @@ from compress.bench.machine import vector_block
 from compress.cost import Costs, Metric, Widths, measure
 from compress.errors import PruneError, TargetError, UsageError
 from compress.groups import Branch, Group, cut, trace
-from compress.reach import block_of, check_reach, least_width, leaving, make_reachable, rounded_up, without
+from compress.reach import LEAVE_FOR, block_of, check_reach, least_width, leaving, make_reachable, rounded_up, without
 from compress.scores import SCORES, Batches, Scores
 from compress.structure import Stand, remove
 
@@ -61,7 +61,8 @@ def select(
             Guards a global ranking against layers of one channel.
         limits: group name -> the least share of its channels, 0 to 1, that it keeps whatever the target, such as
             `sensitivity.limits` gives. Others keep at least one channel.
-        branches: those that may leave as a whole, where `keep` is out of reach in blocks of `round_to` otherwise.
+        branches: those that may leave as a whole, where `keep` is out of reach in blocks of `round_to` (`adapt`: of
+            LEAVE_FOR at most) otherwise.
 
     Raises:
         UsageError: `keep`, `round_to` or a limit out of range, or a limit for an unknown group.
@@ -82,7 +83,8 @@ def select(
     whole = total if whole is None else whole
     if total <= 0:
         raise PruneError(f"the network has no {metric} to reduce (are all its parameters fixed?)")
-    dropped = leaving(branches, groups, costs, metric=metric, target=keep * whole, round_to=round_to, limits=limits)
+    unit = min(round_to, LEAVE_FOR) if adapt else round_to
+    dropped = leaving(branches, groups, costs, metric=metric, target=keep * whole, round_to=unit, limits=limits)
     groups, costs = without(groups, costs, dropped)
     free = [group for group in groups if group.frozen is None]
     here = min(1.0, keep * whole / total)
