@@ -181,9 +181,9 @@ def test_what_is_left_is_traced_and_cut_as_ever(name: str) -> None:
     assert {"residual": "0", "in place": "stem", "transformer": "stem"}[name] in {group.name for group in free}
 
 
-def test_a_target_beyond_the_rounding_is_reached_and_counted() -> None:
-    torch.manual_seed(0)
-    model, x = lively(ARCHS["resnet20"]()), X[:1].float()
+def test_a_target_beyond_the_rounding_is_reached_and_counted(root: Path) -> None:
+    model, x = ARCHS["resnet20"]().eval(), X[:1].float()
+    checkpoint.load(root / "models/digits_resnet20.pt", model)
     groups, costs, found = trace(model, x), measure(model, x), branches(model, x)
     assert len(found) == 9
     scores = SCORES["l2"](model, groups)
@@ -193,8 +193,8 @@ def test_a_target_beyond_the_rounding_is_reached_and_counted() -> None:
     for metric in ("params", "macs"):
         plan = select(groups, scores, costs, keep=0.02, metric=metric, round_to=8, branches=found)
         order = sorted(found, key=lambda branch: branch.distortion)
-        count = next(n for n in range(9) if {k for b in order[:n] for k in b.gone} == {*plan.dropped})
-        assert 0 < count < 9 and all(len(kept) % 8 == 0 for kept in plan.kept.values())
+        count = next(n for n in range(10) if {k for b in order[:n] for k in b.gone} == {*plan.dropped})
+        assert count and all(len(kept) % 8 == 0 for kept in plan.kept.values())
         cut = copy.deepcopy(model)
         apply(cut, groups, Plan.model_validate_json(plan.model_dump_json()))
         left = measure(cut, x).total(metric)
@@ -227,27 +227,23 @@ def test_widths_of_several_rounds_go_by_the_dense_groups() -> None:
     assert _widths(prepared, plans) == {"a": 1, "b.1": 0, "b.2": 1}
 
 
-def test_a_run_drops_blocks_and_verifies(root: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    asked = ["--target", "0.02", "--round-to", "8", "--epochs", "1", "--set", "data.image_size=8", "--out", out, "-q"]
-    report = answer("prune", root / "models/digits_resnet20.pt", *asked, "--drop-blocks")
-    assert report["kept"]["params"] <= 0.02 and report["dropped"] and not report["unaligned"]
-    gone = {name for name in report["dropped"] if name.endswith("conv1")}
-    assert {name for name, width in report["widths"].items() if not width["pruned"]} == gone
+def test_a_run_drops_blocks_and_verifies_and_inspect_names_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    checkpoint.save(tmp_path / "dense.safetensors", lively(residual()), ModelInfo(input_size=(3, 8, 8)))
+    out, arch = tmp_path / "run", "tests.nets:residual"
+    asked = ["--arch", arch, "--data", "digits", "--target", "0.4", "--round-to", "8", "--drop-blocks"]
+    asked = ["prune", tmp_path / "dense.safetensors", *asked, "--epochs", "1", "--set", "data.image_size=8"]
+    assert answer(*asked, "--dry-run")["plan"]["dropped"]
+    report = answer(*asked, "--out", out, "-q")
+    left = [number for number in ("3.0", "3.1", "4") if f"{number}.bn2" in report["dropped"]]
+    assert left and sorted(report["dropped"]) == sorted(path for number in left for path in block(number))
+    assert report["kept"]["params"] <= 0.4 and not report["unaligned"]
+    assert [name for name, width in report["widths"].items() if not width["pruned"]] == [f"{n}.conv1" for n in left]
     nodes = [node.op_type for node in onnx.load(out / "model.onnx").graph.node]
-    assert nodes.count("Add") == 9 - len(gone) and "Expand" not in nodes
-    checks = verify(out, lambda: load.network(out / "pruned.safetensors", None, {})[:2])
+    assert nodes.count("Add") == 3 - len(left) and "Expand" not in nodes
+    checks = verify(out, lambda: load.network(out / "pruned.safetensors", arch, {})[:2])
     assert {check.state for check in checks} == {"ok"}
-
-
-def test_inspect_and_a_dry_run_name_what_left(tmp_path: Path) -> None:
-    model = lively(residual())
-    remove(model, block("3.1"))
-    checkpoint.save(tmp_path / "cut.safetensors", model, ModelInfo(pruned=True, input_size=(3, 8, 8)))
-    asked = [tmp_path / "cut.safetensors", "--arch", "tests.nets:residual"]
-    assert answer("inspect", *asked)["gone"] == [*block("3.1")]
-    plan = answer("prune", *asked, "--target", "0.4", "--round-to", "8", "--drop-blocks", "--dry-run")["plan"]
-    assert [*plan["dropped"]] == [*block("4")] and plan["reached"] <= 0.4
+    assert answer("inspect", out / "pruned.safetensors", "--arch", arch)["gone"] == report["dropped"]
 
 
 def test_single_weights_leave_no_block() -> None:
