@@ -40,6 +40,7 @@ def inspect(
     from compress.cli import load
     from compress.errors import LoadError, UsageError
     from compress.inputs import image_shape
+    from compress.structure import removed
 
     if metric not in cost.METRICS:
         raise UsageError(f"--metric {metric} is unknown; there are {', '.join(cost.METRICS)}")
@@ -52,13 +53,16 @@ def inspect(
     weights = source.path if source is not None else "weights as they are drawn"
     about = f"images of {' x '.join(map(str, shape))}{', pruned' * info.pruned}"
     view.note(f"{weights}: {info.arch}, {about}" + (info.task and f", for {info.task}"))
+    gone = list(removed(network))
+    if gone:
+        view.note(f"left as a whole: {', '.join(gone)}")
     found = _examine(network, shape, metric)
     view.note(f"loaded in {view.figure(seconds)} s, traced in {view.figure(found['seconds']['trace'])} s")
     if as_json:
         file = {"model": str(model or source.path), "sha256": source.sha256} if source else {"model": None}
         names = {**file, "arch": info.arch, "arch_kwargs": info.arch_kwargs, "task": info.task}
         found["seconds"]["load"] = seconds
-        view.document({**names, "input_size": list(shape), "pruned": info.pruned, **found})
+        view.document({**names, "input_size": list(shape), "pruned": info.pruned, "gone": gone, **found})
 
 
 def _examine(network: nn.Module, shape: tuple[int, int, int], metric: str) -> dict[str, Any]:
@@ -111,7 +115,7 @@ def _group(group: Group) -> dict[str, Any]:
 def _reach(groups: Sequence[Group], costs: Costs, block: int) -> dict[str, dict[str, float]]:
     """Per metric the total, and the lowest share that is left with any widths and with multiples of `block`."""
     from compress import cost
-    from compress.plan import lowest
+    from compress.reach import lowest
 
     return {
         metric: {

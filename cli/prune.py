@@ -44,6 +44,9 @@ def prune(
     data: options.Data = None,
     epochs: Annotated[Optional[int], typer.Option("--epochs", help="All training together")] = None,  # noqa: UP045
     round_to: Annotated[Text, typer.Option("--round-to", metavar="N|auto", help="Channel block of the widths")] = None,
+    drop_blocks: Annotated[
+        bool, typer.Option("--drop-blocks", help="Residual branches may leave whole where rounding asks for it")
+    ] = False,
     recipe: Annotated[Optional[Path], typer.Option("--recipe", help="YAML file; options go on top")] = None,  # noqa: UP045
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any knob, e.g. train.lr=0.01")
@@ -77,7 +80,7 @@ def prune(
         "data": {"source": _absolute(data)},
         "prune": {
             "method": method, "keep": target, "metric": metric, "score": score, "regularize": regularize,
-            "granularity": granularity,
+            "granularity": granularity, "drop_blocks": drop_blocks or None,
             "round_to": int(round_to) if round_to is not None and round_to.isdigit() else round_to,
         },
         "train": {"epochs": epochs},
@@ -240,10 +243,18 @@ def _show_plan(recipe: Recipe, network: nn.Module, info: ModelInfo, *, as_json: 
         if as_json:
             view.document({"plan": found.model_dump(mode="json"), "score": score, "frozen": {}})
         return
+    from compress.reach import without
+
     shape = inputs.image_shape(network, info, recipe.data.image_size)
     plan, groups, costs, score = pipeline.dry_run(recipe, network, inputs.noise(shape, 1))
-    rows = [(g.name, str(g.size), str(len(plan.kept.get(g.name, range(g.size)))), g.frozen or "") for g in groups]
+    gone = {group.name for group in groups} - {group.name for group in without(groups, costs, plan.dropped)[0]}
+    rows = [
+        (g.name, str(g.size), "0" if g.name in gone else str(len(plan.kept.get(g.name, range(g.size)))), g.frozen or "")
+        for g in groups
+    ]
     view.table(f"widths as the weights stand now, ranked by {score}", ("group", "dense", "kept", "frozen"), rows)
+    if plan.dropped:
+        view.note(f"whole branches leave: {', '.join(plan.dropped)}")
     view.note(f"{plan.metric}: {plan.reached:.4f} of {view.figure(costs.total(recipe.prune.metric))} would remain")
     if as_json:
         frozen = {group.name: group.frozen for group in groups if group.frozen}

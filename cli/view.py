@@ -123,7 +123,7 @@ def figure(value: float) -> str:
 
 def share(value: float) -> str:
     """A share to ask for: three significant digits, rounded up so that it is not below what was found."""
-    from compress.plan import rounded_up
+    from compress.reach import rounded_up
 
     return figure(rounded_up(value))
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from compress import foreign
 from compress.errors import LoadError
 from compress.files import atomic_write
-from compress.structure import integers, resize, set_integer
+from compress.structure import Stand, integers, remove, removed, resize, set_integer
 
-FORMAT = 1  # of the header; a file with a larger number was written by a newer version
+FORMAT = 2  # of the header; 1 where no module is gone. A file with a larger number was written by a newer version
 NONE: Mapping[str, Mapping[str, int]] = MappingProxyType({})
 
 
@@ -43,6 +43,7 @@ class ModelInfo(BaseModel, frozen=True, extra="forbid"):
 class _Header(ModelInfo, frozen=True, extra="ignore"):
     compress: int
     integers: dict[str, dict[str, int]] = {}
+    gone: dict[str, Stand] = {}
     aliases: dict[str, str] = {}
 
 
@@ -56,6 +57,7 @@ class Checkpoint:
     path: Path
     size_bytes: int
     integers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # see `save`
+    gone: Mapping[str, Stand] = field(default_factory=dict)  # modules that left as a whole: `structure.remove`
 
 
 def read(path: Path) -> Checkpoint:
@@ -89,18 +91,19 @@ def decode(data: bytes, path: Path) -> Checkpoint:
     """What `read` gives, from the bytes of the file; `path` is only its name."""
     tensors, beside = foreign.decode(data, path)
     info, integers = ModelInfo(), NONE
+    gone: Mapping[str, Stand] = MappingProxyType({})
     if foreign.is_safetensors(data):
         beside = _json(beside.get("compress"), path)
     if "compress" in beside:
         header = _header(beside, path)
         info = ModelInfo(**{name: getattr(header, name) for name in ModelInfo.model_fields})
-        integers = MappingProxyType(header.integers)
+        integers, gone = MappingProxyType(header.integers), MappingProxyType(header.gone)
         tensors.update({name: tensors[kept] for name, kept in header.aliases.items() if kept in tensors})
     else:
         tensors = foreign.strip(tensors)
         info = ModelInfo(arch=beside["arch"]) if isinstance(beside.get("arch"), str) else info
     _refuse_unusable(tensors, path)
-    return Checkpoint(tensors, info, hashlib.sha256(data).hexdigest(), path, len(data), integers)
+    return Checkpoint(tensors, info, hashlib.sha256(data).hexdigest(), path, len(data), integers, gone)
 
 
 def load(path: Path | str, model: nn.Module) -> ModelInfo:
@@ -123,6 +126,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     Raises:
         LoadError: missing or unexpected names, or other shapes than the model's.
     """
+    remove(model, checkpoint.gone)
     expected = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     tensors = renamed(checkpoint.tensors, expected)
     common = [name for name in tensors if name in expected]
@@ -175,7 +179,7 @@ def save(path: Path, model: nn.Module, info: ModelInfo, *, integers: Mapping[str
         OSError: the folder cannot be written.
     """
     tensors, aliases = _tensors(model)
-    header = _describe(info, integers) | {"aliases": aliases}
+    header = _describe(model, info, integers) | {"aliases": aliases}
     metadata = {"compress": json.dumps(header, sort_keys=True)}  # one key: safetensors writes several in random order
     atomic_write(path, safetensors.torch.save(tensors, metadata))
 
@@ -185,12 +189,14 @@ def save_pt(path: Path, model: nn.Module, info: ModelInfo, *, integers: Mapping[
     tensors, aliases = _tensors(model)
     state = tensors | {name: tensors[kept] for name, kept in aliases.items()}
     content = io.BytesIO()  # a file's name would end up inside the file
-    torch.save(_describe(info, integers) | {"state_dict": state}, content)
+    torch.save(_describe(model, info, integers) | {"state_dict": state}, content)
     atomic_write(path, content.getvalue())
 
 
-def _describe(info: ModelInfo, integers: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-    return {"compress": FORMAT, **info.model_dump(mode="json"), "integers": {k: dict(v) for k, v in integers.items()}}
+def _describe(model: nn.Module, info: ModelInfo, integers: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    gone = removed(model)
+    structure = {"integers": {k: dict(v) for k, v in integers.items()}, **({"gone": gone} if gone else {})}
+    return {"compress": FORMAT if gone else 1, **info.model_dump(mode="json"), **structure}
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -40,6 +40,7 @@ def finish(target: Path, *, exporter: str, flushed: int, given: Mapping[str, str
         if tiny.any():
             tensor.CopyFrom(onnx.numpy_helper.from_array(np.where(tiny, np.float32(0), values), tensor.name))
             flushed += int(tiny.sum())
+    skip_zeros(proto.graph)
     _strip(proto.graph)
     for function in proto.functions:
         _strip(function)
@@ -49,6 +50,31 @@ def finish(target: Path, *, exporter: str, flushed: int, given: Mapping[str, str
     del proto.metadata_props[:]
     onnx.helper.set_model_props(proto, {**given, **own, "flushed": str(flushed)})
     target.write_bytes(proto.SerializeToString())
+
+
+def skip_zeros(graph: Any) -> int:
+    """Take out additions of nothing but zeros, with what made those zeros, in place; how many.
+
+    They are what a residual branch that left may leave behind: the exporter keeps zeros whose shape holds the batch.
+    """
+    import onnx
+
+    if any(a.HasField("g") or a.graphs for node in graph.node for a in node.attribute):  # they may read anything
+        return 0
+    zeros = {t.name for t in graph.initializer if not onnx.numpy_helper.to_array(t).any()}
+    shapes, outputs = _shapes(graph), {value.name for value in graph.output}
+    same: dict[str, str] = {}  # the sum -> what zeros were added to
+    for node in graph.node:
+        node.input[:] = [same.get(name, name) for name in node.input]
+        if node.op_type == "Expand" and node.input[0] in zeros:
+            zeros.add(node.output[0])
+        elif node.op_type == "Add" and zeros & set(node.input) and node.output[0] not in outputs:
+            other = node.input[0] if node.input[1] in zeros else node.input[1]
+            if node.output[0] in shapes and shapes.get(other) == shapes[node.output[0]]:
+                same[node.output[0]] = other
+    if same:
+        _drop_unread(graph, outputs)
+    return len(same)
 
 
 def sparsify(graph: Any) -> int:
@@ -87,6 +113,29 @@ def count_weights(path: Path) -> Weights:
     found = _matrices(graph).values()
     stored = len(graph.sparse_initializer)
     return Weights(sum(v.size for v in found), sum(int(np.count_nonzero(v)) for v in found), stored)
+
+
+def _shapes(graph: Any) -> dict[str, tuple[str | int, ...]]:
+    """Name -> the axes, a number or a name each; without those of which something is unknown."""
+    found = {
+        value.name: tuple(axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim)
+        for value in (*graph.input, *graph.value_info, *graph.output)
+    }
+    return {name: shape for name, shape in found.items() if shape and all(shape)}
+
+
+def _drop_unread(graph: Any, outputs: set[str]) -> None:
+    """Remove nodes and initialisers that no output needs."""
+    needed, kept = set(outputs), []
+    for node in reversed(graph.node):
+        if needed & set(node.output):
+            needed |= set(node.input)
+            kept.append(node)
+    tensors = [tensor for tensor in graph.initializer if tensor.name in needed]
+    for listed, left in ((graph.node, kept[::-1]), (graph.initializer, tensors)):
+        copies = [type(item).FromString(item.SerializeToString()) for item in left]
+        del listed[:]
+        listed.extend(copies)
 
 
 def _matrices(graph: Any) -> dict[str, NDArray[np.float32]]:

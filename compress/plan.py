@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
@@ -16,8 +15,10 @@ from compress.bench.machine import vector_block
 from compress.cost import Costs, Metric, Widths, measure
 from compress.errors import PruneError, TargetError, UsageError
 from compress.example import Example
-from compress.groups import Group, cut, trace
+from compress.groups import Branch, Group, cut, trace
+from compress.reach import LEAVE_FOR, block_of, check_reach, least_width, leaving, make_reachable, rounded_up, without
 from compress.scores import SCORES, Batches, Scores
+from compress.structure import Stand, remove
 
 NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 
@@ -29,6 +30,7 @@ class Plan(BaseModel, frozen=True):
     metric: str
     keep: float  # the share asked for
     reached: float  # the share that the analytic cost of these widths gives
+    dropped: dict[str, Stand] = {}  # modules that leave as a whole -> what stands in their place
     unaligned: dict[str, int] = {}  # groups whose width is no multiple of the block asked for -> that width
 
 
@@ -45,6 +47,7 @@ def select(
     allocation: Allocation = "balanced",
     floor: float = 0.0,
     limits: Mapping[str, float] = NO_LIMITS,
+    branches: Sequence[Branch] = (),
 ) -> Plan:
     """Choose the channels to keep: the cost falls to at most `keep` of the whole, as little below as blocks allow.
 
@@ -59,6 +62,8 @@ def select(
             Guards a global ranking against layers of one channel.
         limits: group name -> the least share of its channels, 0 to 1, that it keeps whatever the target, such as
             `sensitivity.limits` gives. Others keep at least one channel.
+        branches: those that may leave as a whole, where `keep` is out of reach in blocks of `round_to` (`adapt`: of
+            LEAVE_FOR at most) otherwise.
 
     Raises:
         UsageError: `keep`, `round_to` or a limit out of range, or a limit for an unknown group.
@@ -79,16 +84,20 @@ def select(
     whole = total if whole is None else whole
     if total <= 0:
         raise PruneError(f"the network has no {metric} to reduce (are all its parameters fixed?)")
+    unit = min(round_to, LEAVE_FOR) if adapt else round_to
+    dropped = leaving(branches, groups, costs, metric=metric, target=keep * whole, round_to=unit, limits=limits)
+    groups, costs = without(groups, costs, dropped)
+    free = [group for group in groups if group.frozen is None]
     here = min(1.0, keep * whole / total)
     widths = Widths(groups, costs, metric)
     falls = powers(free, costs, widths, allocation)
     share = {name: here**power for name, power in falls.items()}
-    blocks = {group.name: _block(group, round_to, share[group.name] if adapt else None) for group in free}
+    blocks = {group.name: block_of(group, round_to, share[group.name] if adapt else None) for group in free}
     least = {g.name: max(floor * share[g.name], limits.get(g.name, 0.0)) for g in free}
-    least = {name: _least(widths.size[name], blocks[name], wanted) for name, wanted in least.items()}
-    _make_reachable(widths, blocks, least, limits, target=keep * whole, adapt=adapt)
+    least = {name: least_width(widths.size[name], blocks[name], wanted) for name, wanted in least.items()}
+    make_reachable(widths, blocks, least, limits, target=keep * whole, adapt=adapt)
     if limits:
-        _check_reach(widths, least, keep=keep, whole=whole)
+        check_reach(widths, least, keep=keep, whole=whole)
     order = {group.name: scores[group.name].argsort(descending=True, stable=True).tolist() for group in free}
     worths = {group.name: worth(scores[group.name], order[group.name]) for group in free}
     key = keys(widths, worths, falls, allocation)
@@ -100,21 +109,9 @@ def select(
         metric=metric,
         keep=keep,
         reached=widths.total() / whole,
+        dropped=dropped,
         unaligned={n: len(k) for n, k in kept.items() if len(k) % round_to and len(k) < widths.size[n]},
     )
-
-
-def lowest(groups: Sequence[Group], costs: Costs, metric: Metric, *, round_to: int = 1) -> float:
-    """The least share of `metric`, 0 to 1, that `select` reaches in blocks of `round_to` channels (auto: 1)."""
-    widths = Widths(groups, costs, metric)
-    free = [group for group in groups if group.frozen is None]
-    return _lowest(widths, {g.name: min(g.size, _block(g, round_to, None)) for g in free}) / widths.total()
-
-
-def rounded_up(share: float) -> float:
-    """A share to ask for: three significant digits, never below what was found."""
-    step = 10.0 ** (math.floor(math.log10(share)) - 2)
-    return math.ceil(round(share / step, 6)) * step
 
 
 def apply(model: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
@@ -132,7 +129,11 @@ def apply(model: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
             raise PruneError(f"the plan cuts {name}, which is frozen: {group.frozen}")
         if not channels or sorted(set(channels)) != list(channels) or channels[-1] >= group.size or channels[0] < 0:
             raise PruneError(f"the plan keeps channels {str(channels)[:60]} of {name}, which has {group.size}")
+    missing = next((path for path in plan.dropped if path not in dict(model.named_modules())), None)
+    if missing is not None:
+        raise PruneError(f"the plan takes out {missing!r}, which this network does not have")
     cut(model, groups, plan.kept)
+    remove(model, plan.dropped)
 
 
 def shrink(
@@ -181,18 +182,6 @@ def _check(group: Group, scores: Scores) -> None:
         raise PruneError(f"the scores of {group.name} are not finite")
 
 
-def _block(group: Group, round_to: int, share: float | None) -> int:
-    """The rounding of one group; with a share to keep, no coarser than that width. Wide channels are units already."""
-    if any(part.block > 1 and part.dim == 0 for part in group.slices):
-        return 1
-    if share is None:
-        return round_to
-    block = round_to
-    while block > 1 and block > group.size * share:
-        block //= 2
-    return block
-
-
 def _check_limits(groups: Sequence[Group], limits: Mapping[str, float]) -> None:
     names = {group.name for group in groups}
     for name, share in limits.items():
@@ -200,53 +189,6 @@ def _check_limits(groups: Sequence[Group], limits: Mapping[str, float]) -> None:
             raise UsageError(f"the limits name the group {name!r}, which this network does not have")
         if not 0 <= share <= 1:
             raise UsageError(f"the limit of {name} is {share}; it must be a share from 0 to 1")
-
-
-def _least(size: int, block: int, share: float) -> int:
-    wanted = max(1, math.ceil(size * share - 1e-9))
-    return min(size, math.ceil(wanted / block) * block)
-
-
-def _make_reachable(
-    widths: Widths,
-    blocks: dict[str, int],
-    least: dict[str, int],
-    limits: Mapping[str, float],
-    *,
-    target: float,
-    adapt: bool,
-) -> None:
-    """Give up the floor, then (`adapt`) halve the widest blocks, until the target can be reached or nothing is left."""
-
-    def bare(name: str) -> int:
-        return _least(widths.size[name], blocks[name], limits.get(name, 0.0))
-
-    if _lowest(widths, least) > target:
-        least.update({name: bare(name) for name in blocks})
-    while adapt and max(blocks.values()) > 1 and _lowest(widths, least) > target:
-        widest = max(blocks.values())
-        for name, block in blocks.items():
-            if block == widest:
-                blocks[name] = block // 2
-                least[name] = bare(name)
-
-
-def _check_reach(widths: Widths, least: Mapping[str, int], *, keep: float, whole: float) -> None:
-    lowest = _lowest(widths, least) / whole
-    if lowest > keep * (1 + 1e-12):
-        raise TargetError(
-            f"the target {keep:.4g} of the {widths.metric} is out of reach under the limits of the groups; the lowest "
-            f"reachable share is {rounded_up(lowest):g}: ask for that, or allow the groups to lose more",
-            lowest=lowest,
-        )
-
-
-def _lowest(widths: Widths, least: Mapping[str, int]) -> float:
-    before = dict(widths.kept)
-    widths.kept.update(least)
-    total = widths.total()
-    widths.kept.update(before)
-    return total
 
 
 def _descend(

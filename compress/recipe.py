@@ -73,6 +73,7 @@ class PrunePart(BaseModel):
     sensitivity: str = Field("", description="file of `compress sensitivity`: no group alone may lose more than")
     max_group_drop: float | None = Field(None, gt=0, le=100, description="points of top-1; None: 1, where measured")
     max_group_distortion: float | None = Field(None, gt=0, description="share of the outputs' norm; None: no limit")
+    drop_blocks: bool = Field(False, description="residual branches may leave whole; off: benchmarks/LOG.md")
     rounds: int = Field(1, ge=1, le=100, description="sparse training and cut, this often, on a geometric path to keep")
     penalty_share: float = Field(0.1, gt=0, le=1000, description="penalty at the start, as a share of the task loss")
     options: dict[str, dict[str, Any]] = Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ def _prelu(module: Any) -> None:
 def _embedding(module: Any) -> None:
     module.num_embeddings, module.embedding_dim = module.weight.shape
 
+
+Stand = Literal["pass", "zero", "zeros"]  # what a Gone module gives: its input, a scalar 0, zeros of its input's shape
 
 # What each kind of module must be told after its tensors changed shape. Subclasses are matched too, first row wins.
 INTEGERS: dict[type[nn.Module], Callable[[nn.Module], None]] = {
@@ -106,6 +108,30 @@ def resize(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         forget(module)
 
 
+def remove(model: nn.Module, gone: Mapping[str, Stand]) -> None:
+    """Take whole submodules out of a network, in place; a `Gone` without weights stands where each one was.
+
+    Args:
+        gone: module path -> what stands there. A branch that is added to a skip path leaves when its last module gives
+            zeros and those before it pass their input on.
+
+    Raises:
+        LoadError: a path that the model does not have; nothing is changed.
+    """
+    modules = dict(model.named_modules())
+    for path in gone:
+        if not path or path not in modules:
+            raise LoadError(f"the module {path!r} is to leave, but the network has none of that name: check --arch")
+    for path, stand in gone.items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(modules[parent], leaf, Gone(stand))
+
+
+def removed(model: nn.Module) -> dict[str, Stand]:
+    """What `remove` took out: module path -> what stands there."""
+    return {path: module.stand for path, module in model.named_modules() if isinstance(module, Gone)}
+
+
 def forget(module: nn.Module) -> None:
     """Empty what a module keeps of earlier passes, such as timm's `attention_bias_cache`: it holds the old widths."""
     for name, value in vars(module).items():
@@ -124,6 +150,7 @@ def underived(model: nn.Module, dense: nn.Module) -> dict[str, dict[str, int]]:
         module path -> {attribute: value} wherever `resize`, starting from `dense`, arrives at another value.
     """
     rebuilt = copy.deepcopy(dense)
+    remove(rebuilt, removed(model))
     resize(rebuilt, model.state_dict())
     found: dict[str, dict[str, int]] = {}
     for path, module in rebuilt.named_modules():
@@ -182,3 +209,20 @@ def _holders(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     for name, value in state.items():
         places.setdefault(id(value), []).append(owner(model, name))
     return {name: places[id(value)] for name, value in state.items()}
+
+
+class Gone(nn.Module):
+    """Where a module of a residual branch has left: no weights, and no work that an exported file would keep."""
+
+    def __init__(self, stand: Stand) -> None:
+        super().__init__()
+        self.stand = stand
+
+    def extra_repr(self) -> str:
+        return self.stand
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        x = next(value for value in (*inputs, *named.values()) if isinstance(value, Tensor))
+        if self.stand == "pass":
+            return x
+        return torch.zeros((), dtype=x.dtype, device=x.device) if self.stand == "zero" else torch.zeros_like(x)

@@ -392,7 +392,7 @@ def _with_header(path: Path, text: str) -> Path:
 def test_headers_that_cannot_be_used(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     for header, text in (
-        ('{"compress": 2}', "FILE has format 2, and this version reads up to 1: upgrade compress-to-onnx"),
+        ('{"compress": 3}', "FILE has format 3, and this version reads up to 2: upgrade compress-to-onnx"),
         ("{", "FILE has a damaged header: it is no JSON; save it again"),
         (
             '{"compress": 1, "input_size": [3, 32]}',

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compress import export
 from compress.export import predict, prove, to_onnx
-from compress.onnx_file import READERS, count_weights, read_weights
+from compress.onnx_file import READERS, count_weights, read_weights, skip_zeros
 from tests.nets import lively
 
 X = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -130,3 +130,21 @@ def test_the_legacy_exporter_writes_sparse_files_too(tmp_path: Path) -> None:
     assert counted.sparse_tensors == 6
     assert counted.nonzero == sum(int(tensor.count_nonzero()) for tensor in weights(model).values())
     assert export.read_metadata(tmp_path / "model.onnx")["tool"] == "compress-to-onnx"
+
+
+@pytest.mark.parametrize(("rows", "taken"), [(["N", 3], 1), ([1, 3], 0)])
+def test_zeros_that_only_widen_stay_and_others_leave(rows: list[object], taken: int) -> None:
+    make = onnx.helper
+    given = make.make_tensor_value_info("x", onnx.TensorProto.FLOAT, rows)
+    asked = make.make_tensor_value_info("shape", onnx.TensorProto.INT64, [2])
+    sums = [make.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 3]) for name in ("sum", "out")]
+    nodes = [
+        make.make_node("Expand", ["zero", "shape"], ["zeros"]),
+        make.make_node("Add", ["zeros", "x"], ["sum"]),
+        make.make_node("Relu", ["sum"], ["out"]),
+    ]
+    zero = onnx.numpy_helper.from_array(np.zeros((), np.float32), "zero")
+    graph = make.make_graph(nodes, "g", [given, asked], sums[1:], [zero], value_info=sums[:1])
+    assert skip_zeros(graph) == taken
+    assert [node.op_type for node in graph.node] == (["Relu"] if taken else ["Expand", "Add", "Relu"])
+    assert graph.node[-1].input[0] == ("x" if taken else "sum") and len(graph.initializer) == 1 - taken

@@ -1,5 +1,7 @@
 """Which channels stand or fall together: `trace` finds the groups, proves them, and names what is frozen."""
 
+from compress.groups.branches import Branch as Branch
+from compress.groups.branches import branches as branches
 from compress.groups.cut import Kept as Kept
 from compress.groups.cut import cut as cut
 from compress.groups.cut import removed_elements as removed_elements

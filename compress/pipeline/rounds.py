@@ -16,10 +16,11 @@ from compress import cost, ranks, sparse, train
 from compress.bench.machine import vector_block
 from compress.errors import PruneError, UsageError
 from compress.folding import fold
-from compress.groups import Group, trace
+from compress.groups import Branch, Group, branches, trace
 from compress.pipeline import zeros
 from compress.pipeline.context import Event, Run
 from compress.plan import NO_LIMITS, Plan, apply, select
+from compress.reach import without
 from compress.recipe import Recipe
 from compress.regularize import REGULARIZERS, SPARSE_TRAINING, Regularizer
 from compress.regularize.make import make
@@ -31,6 +32,7 @@ from compress.train import numbers
 
 SCORE_BATCHES = 8  # training batches that a data-driven score sees: about a thousand images, in seconds (ours)
 LOSS_DRIVEN = {"taylor", "hessian"}  # data-driven scores that differentiate the task's loss
+BRANCH_IMAGES = 32  # validation images that tell what the outputs lose without a branch (ours)
 FOLD_BATCHES = 8  # training batches that the fold sees, likewise
 MAX_GROUP_DROP = 1.0  # points that a group alone may cost where the recipe names a sensitivity and no limit (ours)
 SIZE_MARGIN = 0.005  # by how much a file's size is undercut: the bytes of its graph change a little with the widths
@@ -136,7 +138,9 @@ def _cut(run: Run, model: nn.Module, groups: Sequence[Group], scores: Scores, ke
 
     def choose() -> dict[str, Any]:
         found = sensitivity_of(run)
-        return select_as(run.recipe, groups, scores, costs, keep=keep, whole=whole, found=found).model_dump(mode="json")
+        may_leave = branches_of(run, model)
+        plan = select_as(run.recipe, groups, scores, costs, keep=keep, whole=whole, found=found, may_leave=may_leave)
+        return plan.model_dump(mode="json")
 
     plan = Plan.model_validate(ranks.first(choose))
     before = copy.deepcopy(model)
@@ -145,7 +149,8 @@ def _cut(run: Run, model: nn.Module, groups: Sequence[Group], scores: Scores, ke
         redraw(model, run.recipe.seed)
     elif run.recipe.prune.fold:
         images = (batch for batch, _ in islice(run.loader(run.data.train, train=True), FOLD_BATCHES))
-        fold(run.on_device(model), run.on_device(before), groups, plan.kept, images)
+        left, _ = without(groups, costs, plan.dropped)
+        fold(run.on_device(model), run.on_device(before), left, plan.kept, images)
         model.cpu()
     return plan.model_dump(mode="json")
 
@@ -240,6 +245,7 @@ def select_as(
     keep: float,
     whole: float,
     found: Sensitivity | None,
+    may_leave: Sequence[Branch] = (),
 ) -> Plan:
     """plan.select as the recipe says, for a share `keep` of the dense cost `whole`, under the limits of `found`."""
     prune = recipe.prune
@@ -260,7 +266,13 @@ def select_as(
         allocation=prune.allocation,
         floor=prune.floor,
         limits=limits(found, groups, max_drop=drop, max_distortion=prune.max_group_distortion) if found else NO_LIMITS,
+        branches=may_leave,
     )
+
+
+def branches_of(run: Run, model: nn.Module) -> tuple[Branch, ...]:
+    """The branches that may leave, judged on the first validation images; none unless the recipe asks for it."""
+    return branches(model, run.example(BRANCH_IMAGES)) if run.recipe.prune.drop_blocks else ()
 
 
 def sensitivity_of(run: Run) -> Sensitivity | None:
@@ -272,7 +284,7 @@ def dry_run(recipe: Recipe, model: nn.Module, example: Tensor) -> tuple[Plan, tu
     """What would be cut from the network as it stands, without training: plan, groups, dense costs, score used.
 
     There is no data here: where the channels would be ranked after training or by a score that needs data, the plan
-    ranks them by `l2`. Bytes are those of the weights.
+    ranks them by `l2`, and branches are judged on `example`. Bytes are those of the weights.
     """
     groups = trace(model, example)
     costs = cost.measure(model, example)
@@ -281,5 +293,7 @@ def dry_run(recipe: Recipe, model: nn.Module, example: Tensor) -> tuple[Plan, tu
     whole = costs.total(recipe.prune.metric)
     found = read(Path(recipe.prune.sensitivity)) if recipe.prune.sensitivity else None
     scores = SCORES[score](model, groups)
-    plan = select_as(recipe, groups, scores, costs, keep=recipe.prune.keep, whole=whole, found=found)
+    may_leave = branches(model, example) if recipe.prune.drop_blocks else ()
+    keep = recipe.prune.keep
+    plan = select_as(recipe, groups, scores, costs, keep=keep, whole=whole, found=found, may_leave=may_leave)
     return plan, groups, costs, score

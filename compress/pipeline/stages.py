@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from compress.bench.machine import vector_block
 from compress.data import Loader
 from compress.errors import TargetError, UsageError
 from compress.export import Proof, metric, to_onnx
-from compress.groups import trace
+from compress.groups import Group, trace
 from compress.pipeline import zeros
 from compress.pipeline.context import Run
-from compress.pipeline.rounds import make_regularizers, select_as, sensitivity_of, sparsify, teacher
+from compress.pipeline.rounds import branches_of, make_regularizers, select_as, sensitivity_of, sparsify, teacher
 from compress.recipe import Recipe
 from compress.regularize import REGULARIZERS
 from compress.sensitivities import read
+from compress.structure import removed
 from compress.task import Classification
 
 
@@ -66,8 +67,8 @@ def prepare(run: Run) -> dict[str, Any]:
     if not zeros.is_fine(run.recipe):
         even = {group.name: torch.ones(group.size) for group in groups}
         whole = costs.total(run.recipe.prune.metric)
-        found = sensitivity_of(run)
-        select_as(run.recipe, groups, even, costs, keep=run.recipe.prune.keep, whole=whole, found=found)
+        found, may_leave, keep = sensitivity_of(run), branches_of(run, run.dense), run.recipe.prune.keep
+        select_as(run.recipe, groups, even, costs, keep=keep, whole=whole, found=found, may_leave=may_leave)
     accuracy, loss = run.evaluate(run.dense)
     loader = run.loader(run.data.train, train=True)
     sparse, recover = epochs(run.recipe, len(loader))
@@ -75,6 +76,7 @@ def prepare(run: Run) -> dict[str, Any]:
         "dense": {**{metric: costs.total(metric) for metric in cost.METRICS}, "val_top1": accuracy, "val_loss": loss},
         "beside_weights": beside,
         "widths": {group.name: group.size for group in groups},
+        "layers": {group.name: _writers(group) for group in groups},
         "frozen": {group.name: group.frozen for group in groups if group.frozen},
         "uncounted": list(costs.unknown),
         "epochs": {"sparse": sparse, "recover": recover},
@@ -145,9 +147,7 @@ def write_report(run: Run) -> dict[str, Any]:
     """The measured numbers with their conditions, for machines and for people."""
     pruned = run.network("pruned.safetensors")
     stages = {name: run.read(f"state/{name}.json") for name in STAGES if run.has(f"state/{name}.json")}
-    widths = dict(stages["prepare"]["widths"])
-    for found in stages["sparse"]["rounds"]:
-        widths.update({name: len(kept) for name, kept in found["plan"].get("kept", {}).items()})
+    widths = _widths(stages["prepare"], [found["plan"] for found in stages["sparse"]["rounds"]])
     asked = run.recipe.prune.round_to
     block = vector_block() if asked == "auto" else asked
     dense = stages["prepare"]["widths"]
@@ -159,6 +159,7 @@ def write_report(run: Run) -> dict[str, Any]:
         "pruned": _figures(pruned, run.example(), is_fine=zeros.is_fine(run.recipe)),
         "density": zeros.of_layers(pruned) if zeros.is_fine(run.recipe) else {},
         "widths": widths,
+        "dropped": list(removed(pruned)),
         "block": block,
         "unaligned": {name: width for name, width in widths.items() if width % block and width != dense[name]},
         "labels": list(run.data.labels),
@@ -198,6 +199,29 @@ def _to_onnx(run: Run, model: nn.Module, path: Path, name: str) -> Proof:
     example = run.example(17)
     is_sparse = zeros.is_fine(run.recipe) and name == "pruned"
     return to_onnx(model, example, path, metadata=_metadata(run, model, example, name), sparse=is_sparse)
+
+
+def _writers(group: Group) -> list[str]:
+    """The layers whose outputs a group's channels are, depthwise ones and norms included."""
+    return sorted({part.name.rpartition(".")[0] for part in group.slices if part.dim == 0})
+
+
+def _widths(prepared: dict[str, Any], plans: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """What every group of the dense network is left with; 0 where all its layers are gone.
+
+    A later round names a group by its first layer that is left.
+    """
+    widths, layers = dict(prepared["widths"]), prepared.get("layers", {})
+    gone: tuple[str, ...] = ()
+    for plan in plans:
+        for name, kept in plan.get("kept", {}).items():
+            known = name if name in widths else next((g for g, found in layers.items() if name in found), name)
+            widths[known] = len(kept)
+        gone += tuple(f"{path}." for path in plan.get("dropped", {}))
+    return {
+        name: 0 if gone and all(f"{layer}.".startswith(gone) for layer in layers[name]) else width
+        for name, width in widths.items()
+    }
 
 
 def _metadata(run: Run, model: nn.Module, example: Tensor, name: str) -> dict[str, str]:

@@ -43,6 +43,8 @@ def check(recipe: Recipe, model: nn.Module) -> None:
         raise UsageError("prune.redraw with --granularity weight would fill the zeros again; use --granularity filter")
     if prune.sensitivity or prune.max_group_drop or prune.max_group_distortion:
         raise UsageError("prune.sensitivity limits widths, which --granularity weight leaves alone; leave it out")
+    if prune.drop_blocks:
+        raise UsageError("--drop-blocks with --granularity weight: zeros leave no block; use --granularity filter")
     if name := _score(recipe):
         sparse.weigh(model, name)
     if prune.rounds > 1 and prune.method in SPARSE_TRAINING:

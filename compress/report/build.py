@@ -82,6 +82,7 @@ def _structure(facts: Mapping[str, Any]) -> dict[str, Any]:
         "density_log": [{"step": step, "layers": layers} for log in logs for step, layers in log],
         "frozen": prepared["frozen"],
         "widths": {name: {"dense": n, "pruned": widths[name]} for name, n in prepared["widths"].items()},
+        "dropped": facts.get("dropped", []),
         "unaligned": facts["unaligned"],
         "block": facts["block"],
         "uncounted": prepared["uncounted"],

@@ -194,6 +194,7 @@ class Report(BaseModel):
     )
     density: dict[str, Density] = Field(default_factory=dict, description="per layer, at granularity weight")
     density_log: tuple[Densities, ...] = Field((), description="of sparse training, in the order of its steps")
+    dropped: tuple[str, ...] = Field((), description="modules that left as a whole, with their residual branch")
     unaligned: dict[str, int] = Field(description="group -> width that is no multiple of `block`")
     block: int = Field(description="channels that widths were rounded to")
     uncounted: tuple[str, ...] = Field(description="operators that are not in the MACs")
