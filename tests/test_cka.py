@@ -118,8 +118,10 @@ def test_a_dead_feature_is_harmless() -> None:
 
 def test_channel_grams_add_up() -> None:
     for x, axis in ((torch.randn(6, 5, 3, 3), 1), (torch.randn(6, 5), -1), (torch.randn(6, 4, 5), -1)):
-        parts = channel_grams(x, axis)
-        assert parts.shape == (5, 6, 6) and torch.allclose(parts.sum(0), gram(x))
+        parts, whole = channel_grams(x.double(), axis), gram(x.double())
+        assert parts.shape == (5, 6, 6) and torch.allclose(parts.sum(0), whole, rtol=1e-12, atol=1e-12)
+        rounded = channel_grams(x, axis)  # summed in float32
+        assert (rounded.sum(0) - whole).abs().max() < 1e-6 * whole.abs().max()
 
 
 # --- the penalty ------------------------------------------------------------------------------------------------------
