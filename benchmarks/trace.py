@@ -50,7 +50,10 @@ def main() -> None:
                 found = {"network": network, "tool": tool, "round": number, **_child(options, network, tool)}
                 with options.out.open("a") as file:
                     file.write(json.dumps(found) + "\n")
+    if errors := [found for found in map(json.loads, options.out.read_text().splitlines()) if "error" in found]:
+        print(f"{len(errors)} figures failed, {errors[0]['network']}: {errors[0]['error']}", file=sys.stderr)
     print(json.dumps(_medians(options.out)))
+    sys.exit(bool(errors))
 
 
 def _child(options: argparse.Namespace, network: str, tool: str) -> dict[str, Any]:
@@ -75,7 +78,7 @@ def _medians(path: Path) -> dict[str, dict[str, dict[str, float]]]:
 def figure(network: str, tool: str, threads: int) -> dict[str, Any]:
     """Seconds (wall, processor) and peak memory of one tool on one network."""
     import torch
-    from zoo import build
+    from zoo_networks import build
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
