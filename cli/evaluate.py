@@ -57,6 +57,7 @@ def _checkpoint(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
     from compress.cli import arch as architectures
     from compress.cli import load, user_code
     from compress.inputs import example, image_shape, normalisation
+    from compress.task import reported
 
     network, info, _ = load.network(path, asked["arch"], architectures.parse_arch_args(asked["arch_arg"]))
     if asked["side"] or info.input_size is None:
@@ -70,7 +71,7 @@ def _checkpoint(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
     with view.working(f"running {len(split):,} images through torch"):
         value, loss = train.evaluate(network.to(device.device), batches, device=device, task=task)
     found = {"loss": loss, "split": name, "images": len(split), "data": loaded.name, "by": "torch"}
-    return {**_metric(task, value), **found}
+    return {**reported(task, value), "task": task.name, **found}
 
 
 def _onnx(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
@@ -78,6 +79,7 @@ def _onnx(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
     from compress.cli import user_code
     from compress.errors import UsageError
     from compress.inputs import normalisation, onnx_info
+    from compress.task import reported
 
     if asked["arch"] or asked["arch_arg"]:
         raise UsageError(f"--arch is for checkpoints; {path} holds its network: leave it out")
@@ -89,13 +91,7 @@ def _onnx(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
     with view.working(f"running {len(split):,} images through ONNX Runtime"):
         value, loss = _score(path, batches, fixed, task)
     found = {"loss": loss, "split": name, "images": len(split), "data": loaded.name, "by": "ONNX Runtime"}
-    return {**_metric(task, value), **found}
-
-
-def _metric(task: Task, value: float) -> dict[str, Any]:
-    """`top1` stays beside the metric, None where the task measures something else."""
-    is_top1 = task.metric == "top1"
-    return {"top1": value if is_top1 else None, "metric": {"name": task.metric, "value": value}, "task": task.name}
+    return {**reported(task, value), "task": task.name, **found}
 
 
 def _score(path: Path, batches: Loader, fixed: int | None, task: Task) -> tuple[float, float]:

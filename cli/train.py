@@ -78,6 +78,7 @@ def train(
     from compress.pipeline import Event
     from compress.recipe import PrunePart
     from compress.report.words import metric_words
+    from compress.task import reported
     from compress.train import Settings
 
     if out.suffix not in (".pt", ".safetensors"):
@@ -129,9 +130,7 @@ def train(
     )
     if as_json:
         best = {"split": fitted.split, "val_top1": fitted.outcome.best_top1}
-        metric = {"name": wanted.metric, "value": fitted.top1}
-        top1 = fitted.top1 if wanted.metric == "top1" else None
-        view.document({"out": str(out), "task": wanted.name, "top1": top1, "metric": metric, **best, **sparse})
+        view.document({"out": str(out), "task": wanted.name, **reported(wanted, fitted.top1), **best, **sparse})
 
 
 def _regularizers(names: list[str], density: float | None, overrides: list[str]) -> dict[str, dict[str, Any]]:

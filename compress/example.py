@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.errors import UsageError
 
@@ -29,6 +29,12 @@ def like(example: Example, tensor: Tensor) -> tuple[Tensor, ...]:
     """The arguments on `tensor`'s device, and those of floating point in its dtype."""
     found = (given.detach().to(tensor.device) for given in arguments(example))
     return tuple(given.to(tensor.dtype) if given.is_floating_point() else given for given in found)
+
+
+def fitting(example: Example, model: nn.Module) -> tuple[Tensor, ...]:
+    """The arguments on the device and in the dtype of the network's first tensor of floating point, if it has one."""
+    own = next((t for t in model.state_dict().values() if t.is_floating_point()), arguments(example)[0])
+    return like(example, own)
 
 
 def shapes(example: Example) -> str:

@@ -131,6 +131,11 @@ def ours(name: str) -> Task:
     return TASKS[name or "classification"]()
 
 
+def reported(task: Task, value: float) -> dict[str, Any]:
+    """A metric as JSON has it; `top1` stays beside it, None where the task measures something else."""
+    return {"top1": value if task.metric == "top1" else None, "metric": {"name": task.metric, "value": value}}
+
+
 def recorded(task: Task) -> str:
     """What a file may say of the task: its name if it is one of ours, else OWN."""
     return next((name for name, build in TASKS.items() if type(task) is build), OWN)

@@ -77,8 +77,6 @@ def test_a_teacher_is_asked_once_of_images_that_never_change(device, augment: st
 class _Asked:
     """A loader that hides that its images never change."""
 
-    is_still = False
-
     def __init__(self, inner: Loader) -> None:
         self.inner = inner
         self.set_epoch = inner.set_epoch

@@ -70,23 +70,18 @@ class Loader:
         """Choose the order and the augmentation of the next pass; 0 until called."""
         self._epoch = epoch
 
-    @property
-    def is_still(self) -> bool:
-        """Whether every epoch shows the same pixels of an image: it lies in memory and is not augmented."""
-        return isinstance(self._fetch, _MemoryFetch) and not self._prepare.is_changing
-
     def positions(self) -> tuple[Tensor, ...]:
         """For each batch of the next pass where its images lie in the split, (n,) int64."""
         return self._plan.batches(self._plan.order(self._epoch))
 
     @property
-    def is_brief(self) -> bool:
-        """Whether outputs may be kept for a whole pass: it is still, and an output is a row, not one row a pixel."""
-        return self.is_still and isinstance(self._fetch, _MemoryFetch) and not self._fetch.has_masks
+    def is_still(self) -> bool:
+        """Whether outputs may be kept from pass to pass: images in memory, not augmented, without a mask each."""
+        return isinstance(self._fetch, _MemoryFetch) and not self._fetch.has_masks and not self._prepare.is_changing
 
     def in_order(self) -> Loader:
         """Every image of a still loader once, this process's share: positions rank, rank + world, ..."""
-        assert self.is_still and isinstance(self._fetch, _MemoryFetch)
+        assert isinstance(self._fetch, _MemoryFetch)
         plan = replace(self._plan, is_shuffled=False, is_dropping=False)
         return Loader(plan, self._fetch.by(plan), self._prepare)
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import PruneError
-from compress.groups.graph import Graph, Node, Ref, prepare, read
+from compress.example import fitting
+from compress.groups.graph import Graph, Node, Ref, prepare
 from compress.groups.prove import outputs
-from compress.groups.trace import TIME_LIMIT, line, time_limited
+from compress.groups.trace import TIME_LIMIT, graph_of, time_limited
 from compress.groups.twin import lively, shared
 from compress.structure import Stand, remove
 
@@ -45,15 +46,8 @@ def branches(model: nn.Module, example: Tensor, *, time_limit: float = TIME_LIMI
     prepare()
     with time_limited(time_limit):
         twin = shared(model)
-        like = next((t for t in twin.state_dict().values() if t.is_floating_point()), example)
-        example = example.detach().to(like)
-        try:
-            graph = read(twin, example[:1])
-        except PruneError:
-            raise
-        except Exception as error:
-            raise PruneError(f"torch.export cannot read the network: {line(error)}") from error
-        found = [paths for paths in _innermost(twin, graph) if paths]
+        (example,) = fitting(example, twin)
+        found = _innermost(twin, graph_of(twin, example[:1]))
         proved = [(paths, stand) for paths in found if (stand := _proved(twin, example[:1], paths)) is not None]
         names = _names(twin, [paths for paths, _ in proved])
         whole = outputs(twin, example)

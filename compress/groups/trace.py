@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from compress.errors import PruneError
-from compress.example import Example, arguments, like, shapes
+from compress.example import Example, arguments, fitting, shapes
 from compress.groups.assemble import assemble
 from compress.groups.graph import Graph, prepare, read
 from compress.groups.prove import prove
@@ -45,9 +45,8 @@ def trace(model: nn.Module, example: Example, *, time_limit: float = TIME_LIMIT)
     began = time.monotonic()
     with time_limited(time_limit):
         twin = shared(model)
-        own = next((t for t in twin.state_dict().values() if t.is_floating_point()), arguments(example)[0])
-        example = like(example, own)
-        graph = _graph(twin, example)
+        example = fitting(example, twin)
+        graph = graph_of(twin, example)
         groups = _proved(twin, example, graph, (), until=began + 0.8 * time_limit)
         derived = _derived(graph, groups)
         if derived and time.monotonic() - began < 0.3 * time_limit:
@@ -68,7 +67,7 @@ def find(model: nn.Module, example: Example, derived: Collection[str] = ()) -> t
     Raises:
         PruneError: the network does not run on `example`, or torch.export cannot read it.
     """
-    return _found(model, _graph(model, example), derived)
+    return _found(model, graph_of(model, example), derived)
 
 
 def _proved(
@@ -98,7 +97,8 @@ def _found(model: nn.Module, graph: Graph, derived: Collection[str]) -> tuple[tu
     return assemble(classes, tensors, counts)
 
 
-def _graph(model: nn.Module, example: Example) -> Graph:
+def graph_of(model: nn.Module, example: Example) -> Graph:
+    """What `read` gives, or a PruneError that says why there is no graph."""
     try:
         return read(model, example)
     except PruneError:

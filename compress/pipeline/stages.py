@@ -26,7 +26,7 @@ from compress.recipe import Recipe
 from compress.regularize import REGULARIZERS
 from compress.sensitivities import read
 from compress.structure import removed
-from compress.task import Classification
+from compress.task import Classification, reported
 
 
 def epochs(recipe: Recipe, steps_per_epoch: int) -> tuple[list[int], int]:
@@ -117,8 +117,7 @@ def export(run: Run) -> dict[str, Any]:
         value = metric(path, _on_cpu(run.loader(split)), run.task)
         found[name] = {
             **proof.model_dump(mode="json"),
-            "top1": value if run.task.metric == "top1" else None,
-            "metric": {"name": run.task.metric, "value": value},
+            **reported(run.task, value),
             "size_bytes": path.stat().st_size,
         }
         if zeros.is_fine(run.recipe) and name == "pruned":

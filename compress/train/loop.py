@@ -122,7 +122,7 @@ class _Phase:
         self.steps = len(train)
         self.losses = Losses(self.model, settings, device, regularizers, teacher)
         self.taught: Tensor | None = None  # (images, classes): the teacher's outputs, asked once where they stay
-        if teacher is not None and settings.epochs > 1 and isinstance(train, Loader) and train.is_brief:
+        if teacher is not None and settings.epochs > 1 and isinstance(train, Loader) and train.is_still:
             # in a fixed order, so that a resumed run has the same
             self.taught = predict(teacher, train, device=device, task=settings.task)
         self.objective = shared(self.losses, device) if ranks.world() > 1 else self.losses
