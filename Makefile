@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # timm and torchvision ask for a torch build of their own; without their dependencies they go with the one at hand.
 # transformers needs tokenizers and regex beside what is there already.
 $(VENV)/.tested: $(VENV)/.installed
-	$(PIP) install -c constraints.txt -e ".[test,tracking]"
+	$(PIP) install -c constraints.txt -e ".[test,tracking,openvino]"
 	$(PIP) install -c constraints.txt --no-deps timm torchvision transformers tokenizers regex
 	touch $@
 
