@@ -88,6 +88,19 @@ def aim(
     return best, tuple(tries)
 
 
+def dense_latency(file: Path, *, on: On, seed: int = 0) -> float:
+    """Milliseconds of the dense file, the median."""
+    found = benchmark([file], batch=on.batch, threads=on.threads, runtime=on.runtime, seconds=SECONDS, seed=seed)
+    return found.measurements[0].latency.p50
+
+
+def dense_file(model: nn.Module, example: Example, folder: Path, *, on: On, seed: int = 0) -> tuple[Path, float]:
+    """The network as an unproved file in `folder`, and the milliseconds it takes."""
+    file = folder / "dense.onnx"
+    draft(model, example, file)
+    return file, dense_latency(file, on=on, seed=seed)
+
+
 def measured_share(
     model: nn.Module, groups: Sequence[Group], example: Example, dense: Path, *, on: On, seed: int = 0
 ) -> Callable[[Plan], float]:

@@ -18,6 +18,7 @@ from compress.errors import TargetError
 from compress.export import draft
 from compress.groups import trace
 from compress.plan import Plan
+from compress.shrinking import shrink
 
 
 def of_width(width: int, share: float) -> Plan:
@@ -82,3 +83,12 @@ def test_a_cut_network_is_measured_against_the_dense_file(tmp_path: Path) -> Non
     kept = {group.name: tuple(range(max(1, group.size // 4))) for group in free}
     assert 0.02 < measure(Plan(kept=kept, metric="latency", keep=0.2, reached=0.2)) < 0.5
     assert model[2].out_channels == 128  # the network itself is left alone
+
+
+@pytest.mark.alone
+def test_shrink_meets_a_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path))
+    model = nn.Sequential(nn.Conv2d(3, 128, 3), nn.ReLU(), nn.Conv2d(128, 128, 3), nn.ReLU(), nn.Conv2d(128, 16, 3))
+    plan = shrink(model.eval(), torch.randn(2, 3, 24, 24), keep=0.5, metric="latency", round_to=1)
+    assert plan.keep == 0.5 and abs(plan.reached / 0.5 - 1) <= TOLERANCE
+    assert model[2].out_channels == len(plan.kept["2"]) < 128

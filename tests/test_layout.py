@@ -19,7 +19,7 @@ FLOORS = {
     "allocation": 4, "folding": 4, "prices": 4, "reach": 4, "sparse": 4, "train": 4, "export": 4, "checkpoint": 4,
     "plan": 5, "sensitivities": 5, "fit": 5, "folder": 5, "report": 5, "inputs": 5,
     "aim": 6,
-    "pipeline": 7,
+    "pipeline": 7, "shrinking": 7,
     "verify": 8,
     "cli": 9,
 }  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import cost, report, sparse, train
+from compress.aim import dense_latency
 from compress.bench import benchmark
 from compress.bench.machine import vector_block
 from compress.data import Loader
@@ -207,7 +208,7 @@ def _dense_latency(run: Run) -> float | None:
         return None
     path = run.folder.path / "dense.onnx"
     _to_onnx(run, copy.deepcopy(run.dense), path, "dense")
-    return timing.dense_latency(path, timing.where(run.recipe), seed=run.recipe.seed)
+    return dense_latency(path, on=timing.where(run.recipe), seed=run.recipe.seed)
 
 
 def _to_onnx(run: Run, model: nn.Module, path: Path, name: str) -> Proof:

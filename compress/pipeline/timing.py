@@ -10,13 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from compress.aim import SECONDS, Try, aim, measured_share
-from compress.bench import benchmark
+from compress.aim import Try, aim, dense_file, measured_share
 from compress.bench.on import On
 from compress.cost import Costs, Times
 from compress.errors import UsageError
 from compress.example import Example
-from compress.export import draft
 from compress.groups import Group, trace
 from compress.pipeline.context import Event, Run
 from compress.plan import Plan
@@ -31,12 +29,6 @@ def is_timed(recipe: Recipe) -> bool:
 def where(recipe: Recipe) -> On:
     """The runtime, threads and batch that latencies of the run are measured with."""
     return On(recipe.bench.runtime, recipe.bench.threads, recipe.bench.batch)
-
-
-def dense_latency(file: Path, on: On, *, seed: int) -> float:
-    """Milliseconds of the dense file, the median."""
-    found = benchmark([file], batch=on.batch, threads=on.threads, runtime=on.runtime, seconds=SECONDS, seed=seed)
-    return found.measurements[0].latency.p50
 
 
 def share(recipe: Recipe, dense_ms: float | None) -> float:
@@ -88,9 +80,6 @@ def facts(tries: Sequence[Try]) -> list[dict[str, Any]]:
 
 def dry(recipe: Recipe, model: nn.Module, groups: Sequence[Group], example: Example) -> tuple[Times, float]:
     """The layers' times and the dense latency of a network outside a run."""
-    on = where(recipe)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "dense.onnx"
-        draft(model, example, file)
-        dense_ms = dense_latency(file, on, seed=recipe.seed)
-    return price(model, groups, example, on=on, dense_ms=dense_ms), dense_ms
+        _, dense_ms = dense_file(model, example, Path(folder), on=where(recipe), seed=recipe.seed)
+    return price(model, groups, example, on=where(recipe), dense_ms=dense_ms), dense_ms
