@@ -14,7 +14,7 @@ from typing import Any
 
 from compress.report.words import figure, file_words, latency_conditions, speed_words
 
-LONGEST = 24  # characters of a name beside an axis: on a phone the rest is for the bars
+LONGEST = 20  # characters of a name beside an axis: on a phone the rest is for the bars
 STYLES = ("dense", "pruned", "train", "cut")  # of the files of one measurement, in their order
 Spec = dict[str, Any]
 

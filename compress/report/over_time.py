@@ -9,6 +9,8 @@ from typing import Any
 from compress.report.figures import Figure, Spec, line, log_axis, plain, shade
 from compress.report.words import figure, measured, metric_words, phase_words
 
+MANY = 30  # epochs, from which on dots are small
+
 
 def over_steps(report: Mapping[str, Any]) -> tuple[Figure, ...]:
     """How dense each layer was, and how large each group's lambda, while a method moved them."""
@@ -20,13 +22,13 @@ def over_steps(report: Mapping[str, Any]) -> tuple[Figure, ...]:
 
 
 def training(report: Mapping[str, Any]) -> tuple[Figure, ...]:
-    """The metric, the loss and, where there was one, the penalty over all epochs; none where nothing was trained."""
+    """The metric, the loss and, over more than one epoch, the penalty; none where nothing was trained."""
     history = report["history"]
     if not history:
         return ()
     found = [_accuracy(report), _epochs("loss", "Loss", history, {"loss": "training", "val_loss": "validation"})]
     penalised = [epoch for epoch in history if epoch.get("penalty")]
-    if penalised:
+    if len(penalised) > 1:
         found.append(_epochs("penalty", "Penalty", penalised, {"penalty": "penalty"}))
     return tuple(found)
 
@@ -104,6 +106,8 @@ def _epochs(
         style = styles.get(called, "train")
         x, y, texts = _points(history, key, called, is_log=is_log)
         drawn = line(x, y, f"var(--{style})", text=texts, hovertemplate="%{text}<extra></extra>")
+        if len(history) > MANY:
+            drawn["marker"]["size"] = 3
         if any(value is not None for value in y):
             data.append(drawn)
             keys.append((style, called))
@@ -147,7 +151,7 @@ def _bands(history: Sequence[Mapping[str, Any]]) -> Spec:
                 "type": "rect", "yref": "paper", "x0": left, "x1": right, "y0": 0, "y1": 1, "layer": "below",
                 "fillcolor": "var(--band)", "line": {"width": 0},
             })  # fmt: skip
-        if count / len(history) > 0.09:
+        if count / len(history) > 0.17:  # 7 letters on a phone
             names.append({
                 "text": phase_words(phase), "x": (left + right) / 2, "y": 1, "yref": "paper", "yanchor": "bottom",
                 "showarrow": False, "font": {"size": 11},

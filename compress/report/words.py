@@ -120,12 +120,12 @@ def target_words(metric: str) -> str:
     return METRICS.get(metric, metric)
 
 
-def by_reason(frozen: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Why groups could not be cut, and which: large networks have few reasons and many groups."""
+def by_reason(frozen: Mapping[str, str]) -> dict[str, list[str]]:
+    """Why groups could not be cut -> which: large networks have few reasons and many groups."""
     found: dict[str, list[str]] = {}
     for name, reason in frozen.items():
         found.setdefault(reason, []).append(name)
-    return [(", ".join(names), reason) for reason, names in found.items()]
+    return found
 
 
 def comparisons(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
