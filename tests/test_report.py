@@ -292,7 +292,11 @@ def test_write_leaves_three_whole_files(run: Path) -> None:
     report.write(run, found)
     assert sorted(path.name for path in run.iterdir()) == ["README.md", "report.html", "report.json"]
     assert json.loads((run / "report.json").read_text()) == found
-    report.write(run, json.loads((run / "report.json").read_text()))  # the pages can be made again from it
+    older = {key: value for key, value in found.items() if key not in ("lambda_log", "sensitivity", "further")}
+    report.write(
+        run, {**older, "lambda_log": found["lambda_log"]}
+    )  # the pages can be made again, from an older one too
+    assert json.loads((run / "report.json").read_text()) == found
 
 
 def test_write_refuses_another_document_before_it_writes(run: Path) -> None:
@@ -339,6 +343,19 @@ def test_what_moves_is_drawn_over_the_steps_of_all_rounds(run: Path) -> None:
     assert conv["y"] == [0.5, 0.4, None, 0.1] and evil["y"] == [0.25, None, None, 0.2]  # no 0 on a logarithmic axis
     assert conv["line"]["color"] == "shade(0.000)" and evil["line"]["color"] == "shade(1.000)"
     assert '<th scope="row">2, 2</th><td>0.100</td>' in pages.html(found)
+
+
+def test_a_long_log_is_thinned_on_the_page_alone(run: Path) -> None:
+    facts = make_facts()
+    log = [(step, {"conv1": 0.1 + step / 1e4}) for step in range(500)]
+    facts["stages"]["sparse"]["rounds"][0] |= {"density_log": log}
+    found = report.build(run, facts)
+    assert len(found["density_log"]) == 500
+    density, _ = over_time.over_steps(found)
+    steps = density.spec["data"][0]["x"]
+    assert len(steps) == len({*steps}) == 120 and (steps[0], steps[-1]) == (0, 499)
+    assert "Density at 120 of 500 steps (report.json has all), as a table" in pages.html(found)
+    assert over_time.thinned(found["lambda_log"]) == found["lambda_log"]
 
 
 def at_batch(batch: int) -> Facts:

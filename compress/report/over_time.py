@@ -10,15 +10,27 @@ from compress.report.figures import Figure, Spec, line, log_axis, plain, shade
 from compress.report.words import figure, measured, metric_words, phase_words
 
 MANY = 30  # epochs, from which on dots are small
+MOST = 120  # moments of a log on the page: as many as a plot shows, and a page of a long training stays small
 
 
 def over_steps(report: Mapping[str, Any]) -> tuple[Figure, ...]:
     """How dense each layer was, and how large each group's lambda, while a method moved them."""
     found = (
-        _lines("density", "Density per layer", report["density_log"], "layers"),
-        _lines("lambda", "Lambda per group", report["lambda_log"], "groups"),
+        _lines("density", "Density per layer", thinned(report["density_log"]), "layers"),
+        _lines("lambda", "Lambda per group", thinned(report["lambda_log"]), "groups"),
     )
     return tuple(one for one in found if one is not None)
+
+
+def thinned(log: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """At most MOST moments, evenly over each round with its first and last; report.json has them all."""
+    rounds = [list(part) for _, part in groupby(log, key=lambda entry: entry["round"])]
+    each = max(2, MOST // max(1, len(rounds)))
+    return [
+        part[round(place * (len(part) - 1) / (min(each, len(part)) - 1 or 1))]
+        for part in rounds
+        for place in range(min(each, len(part)))
+    ]
 
 
 def training(report: Mapping[str, Any]) -> tuple[Figure, ...]:

@@ -43,6 +43,7 @@ def html(report: Mapping[str, Any]) -> str:
         "comparisons": comparisons,
         "commands": words.commands(report),
         "frozen": words.by_reason(report["frozen"]),
+        "logs": {key: over_time.thinned(report[key]) for key in ("density_log", "lambda_log")},
         "sensitivity_keys": measures(found) if found else [],
     }
     return page("report.html.j2", plots, {**_values(report), **values})
@@ -56,7 +57,7 @@ def page(template: str, plots: Mapping[str, Sequence[Figure]], values: Mapping[s
     """
     made = environment(autoescape=True)
     script = made.get_template("draw.js.j2").render()
-    specs = {figure.name: figure.spec for found in plots.values() for figure in found}
+    specs = {figure.name: _brief(figure.spec) for found in plots.values() for figure in found}
     written = json.dumps(specs, allow_nan=False, separators=(",", ":"))
     return made.get_template(template).render(
         **values,
@@ -66,6 +67,15 @@ def page(template: str, plots: Mapping[str, Sequence[Figure]], values: Mapping[s
         script=Markup(script),
         script_digest=digest(script.encode()),
     )  # in markup and in script alike, what users named stays text
+
+
+def _brief(value: Any) -> Any:
+    """Numbers as exact as a plot can show them: most of a page's own bytes are digits."""
+    if isinstance(value, Mapping):
+        return {key: _brief(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_brief(part) for part in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def card(report: Mapping[str, Any]) -> str:
