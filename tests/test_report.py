@@ -280,6 +280,8 @@ def test_the_hub_reads_the_card(run: Path) -> None:
     assert (data.library_name, data.pipeline_tag, data.metrics) == ("onnx", "image-classification", ["accuracy"])
     assert (data.base_model, data.datasets, data.model_name) == ("someone/resnet", ["beans"], "small-halo")
     found = {result.metric_name: result.metric_value for result in data.eval_results}
+    row = "| ONNX Runtime CPU, batch 8, 1 thread | 8.00 | 8.00 | speed not distinguishable (0.97x to 1.03x) |"
+    assert row in pages.card(report.build(run, facts))
     assert found["Top-1 accuracy (percent)"] == 92.5 and found["Parameters"] == 240
     assert found["Median latency (ms), ONNX Runtime CPU, batch 8, 1 thread"] == 8.0
     assert {(result.task_type, result.dataset_split) for result in data.eval_results} == {

@@ -29,10 +29,9 @@ _NAMES = ("figure", "percent", "points", "count", "speed_words", "latency_condit
 
 def html(report: Mapping[str, Any]) -> str:
     """report.html: one file that needs no other and asks no network; everything inserted is escaped."""
-    comparisons = words.comparisons(report)
     found = report.get("sensitivity")
     plots = {
-        "latency": figures.latency(comparisons),
+        "latency": figures.latency(words.comparisons(report)),
         "widths": () if words.is_in_place(report) else figures.widths(report),
         "densities": figures.densities(report) if words.is_in_place(report) else (),
         "training": over_time.training(report),
@@ -40,7 +39,6 @@ def html(report: Mapping[str, Any]) -> str:
         "sensitivity": curves(found) if found else (),
     }
     values = {
-        "comparisons": comparisons,
         "commands": words.commands(report),
         "frozen": words.by_reason(report["frozen"]),
         "logs": {key: over_time.thinned(report[key]) for key in ("density_log", "lambda_log")},
@@ -123,6 +121,7 @@ def _values(report: Mapping[str, Any]) -> dict[str, Any]:
         "title": _title(report),
         "metric": _metric(report),
         "limits": words.limits(report),
+        "comparisons": words.comparisons(report),
         "seconds": words.stage_times(report["seconds"]),
     }
 

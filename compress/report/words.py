@@ -174,9 +174,10 @@ def limits(report: Mapping[str, Any]) -> list[str]:
             "What shrinks is the file. Loaded, the network has its old shapes, and ONNX Runtime multiplies by zeros as "
             "by any other number: MACs and memory stay, and no speed is claimed beyond what was measured here."
         )
+    named = "the runtimes and batches named" if report.get("further") else latency_conditions(pruned["latency_ms"])
     found.append(
-        f"Latency holds for {latency_conditions(report['pruned']['latency_ms'])} on the machine named here; other "
-        "hardware, runtimes and batch sizes have to be measured."
+        f"Latency holds for {named} on the machine named here; other hardware, runtimes and batch sizes have to be "
+        "measured."
     )
     if report["uncounted"]:
         found.append(f"The MACs leave out {', '.join(report['uncounted'])}, for which there is no count.")
