@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress.report.figures import Figure, Spec, line, log_axis, plain, shade
-from compress.report.words import figure
+from compress.report.words import figure, without_folder
 
 MEASURES = {  # key -> title and unit; drawn where it was measured
     "top1": ("Top-1", "percent"),
@@ -23,7 +23,7 @@ def sensitivity_page(found: Mapping[str, Any]) -> str:
     """
     from compress.report.pages import page  # which draws these curves too
 
-    return page("sensitivity.html.j2", {"curves": curves(found)}, {"s": found, "keys": measures(found)})
+    return page("sensitivity.html.j2", {"curves": curves(found)}, {"s": without_folder(found), "keys": measures(found)})
 
 
 def measures(found: Mapping[str, Any]) -> list[str]:
