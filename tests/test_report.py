@@ -81,6 +81,7 @@ def make_facts(verdict: str = "faster") -> Facts:
     prune = {"method": "halo", "keep": 0.25, "metric": "params", "round_to": "auto"}
     return {
         "recipe": {"model": model, "data": {"source": "/home/someone/images"}, "prune": prune, "seed": 3},
+        "keep": 0.25,
         "env": {"vector_unit": "avx2", "source_sha256": "cd" * 32, "seed": 3},
         "stages": {
             "prepare": {
@@ -162,6 +163,14 @@ def test_the_verdict_says_what_was_measured(run: Path, verdict: str, said: str) 
 def test_the_verdict_speaks_of_the_metric_asked_for(run: Path) -> None:
     found = report.build(run, make_facts()) | {"metric": "macs"}
     assert words.verdict(found).startswith("5,000 of 20,000 MACs remain (25.0 %)")
+
+
+def test_a_latency_asked_for_stands_beside_what_came_of_it(run: Path) -> None:
+    found = report.build(run, make_facts()) | {"metric": "latency", "target": 0.45}
+    found["recipe"]["prune"]["target_ms"] = 0.9
+    said = "Asked to keep 45 % of the latency (0.9 ms); 50.0 % is left."
+    assert said in pages.html(found) and said[:-1].replace("A", "a", 1) in pages.card(found)
+    assert words.verdict(found).startswith("240 of 1,000 parameters remain")
 
 
 def test_what_the_figures_do_not_say_is_said(run: Path) -> None:

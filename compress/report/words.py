@@ -115,9 +115,15 @@ def file_words(file: str) -> str:
     return {"dense.onnx": "dense", "model.onnx": "pruned"}.get(Path(file).name, str(without_folder(file)))
 
 
-def target_words(metric: str) -> str:
-    """What the target was a share of."""
-    return METRICS.get(metric, metric)
+def asked(report: Mapping[str, Any]) -> str:
+    """What was to remain; of a latency also what does, since that is aimed at, and not met exactly."""
+    metric, wanted_ms = report["metric"], report["recipe"]["prune"].get("target_ms")
+    found = f"{100 * report['target']:.3g} % of the {METRICS.get(metric, metric)}"
+    if metric != "latency":
+        return found
+    before, after = (report[name]["latency_ms"]["p50"] for name in ("dense", "pruned"))
+    milliseconds = f" ({wanted_ms:g} ms)" if wanted_ms else ""
+    return f"{found}{milliseconds}; {percent(after / before)} is left"
 
 
 def by_reason(frozen: Mapping[str, str]) -> dict[str, list[str]]:
