@@ -21,12 +21,11 @@ from compress.pipeline.widths import branches_of, select_as, sensitivity_of
 from compress.plan import Plan, apply
 from compress.reach import without
 from compress.recipe import Recipe
-from compress.regularize import REGULARIZERS, SPARSE_TRAINING, Regularizer
+from compress.regularize import REGULARIZERS, SPARSE_TRAINING, Regularizer, numbers
 from compress.regularize.make import make
 from compress.report.words import metric_words, strength_words
 from compress.scores import DATA_DRIVEN, SCORES, Scores
 from compress.structure import redraw
-from compress.train import numbers
 
 SCORE_BATCHES = 8  # training batches that a data-driven score sees: about a thousand images, in seconds (ours)
 LOSS_DRIVEN = {"taylor", "hessian"}  # data-driven scores that differentiate the task's loss
@@ -98,6 +97,7 @@ def _round(run: Run, model: nn.Module, what: _Round) -> dict[str, Any]:
     return {
         "plan": cut,
         "density_log": log,
+        "lambda_log": outcome.lambda_log,
         "strengths": begun,
         "history": [{"phase": what.name, **line} for line in outcome.history],
         "regularizers": strengths,

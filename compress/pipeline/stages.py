@@ -164,6 +164,7 @@ def write_report(run: Run) -> dict[str, Any]:
         "info": run.info.model_dump(mode="json"),
         "stages": stages,
         "pruned": _figures(pruned, run.example(), is_fine=zeros.is_fine(run.recipe)),
+        "sensitivity": run.read("sensitivity.json") if run.has("sensitivity.json") else None,
         "density": zeros.of_layers(pruned) if zeros.is_fine(run.recipe) else {},
         "widths": widths,
         "dropped": list(removed(pruned)),

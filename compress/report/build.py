@@ -56,6 +56,7 @@ def _results(facts: Mapping[str, Any]) -> dict[str, Any]:
         "split": {"name": proof["split"], "images": proof["images"]},
         "measurements": bench["measurements"],
         "speedups": bench["speedups"],
+        "further": bench.get("further", []),
     }
 
 
@@ -75,11 +76,13 @@ def _network(costs: Mapping[str, Any], proof: Mapping[str, Any], measured: Mappi
 def _structure(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Widths or densities before and after, and what could not be cut or did not come out aligned."""
     prepared, widths = facts["stages"]["prepare"], facts["widths"]
-    logs = [found.get("density_log", ()) for found in facts["stages"]["sparse"]["rounds"]]
+    rounds = facts["stages"]["sparse"]["rounds"]
     return {
         "granularity": facts["recipe"]["prune"].get("granularity", "filter"),
         "density": facts.get("density", {}),
-        "density_log": [{"step": step, "layers": layers} for log in logs for step, layers in log],
+        "density_log": _over_steps(rounds, "density_log", "layers"),
+        "lambda_log": _over_steps(rounds, "lambda_log", "groups"),
+        "sensitivity": facts.get("sensitivity"),
         "frozen": prepared["frozen"],
         "widths": {name: {"dense": n, "pruned": widths[name]} for name, n in prepared["widths"].items()},
         "dropped": facts.get("dropped", []),
@@ -87,6 +90,15 @@ def _structure(facts: Mapping[str, Any]) -> dict[str, Any]:
         "block": facts["block"],
         "uncounted": prepared["uncounted"],
     }
+
+
+def _over_steps(rounds: Sequence[Mapping[str, Any]], log: str, key: str) -> list[dict[str, Any]]:
+    """What a method noted at some steps of every round, as one list."""
+    return [
+        {"round": number, "step": step, key: values}
+        for number, found in enumerate(rounds, 1)
+        for step, values in found.get(log, ())
+    ]
 
 
 def _training(stages: Mapping[str, Any]) -> dict[str, Any]:

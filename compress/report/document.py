@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from compress.bench.results import Measurement, Speedup
+from compress.bench.results import Comparison, Measurement, Speedup
+from compress.curves import Sensitivity
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 Figure = float | None  # None: not measured, or not finite
@@ -94,8 +95,8 @@ class SplitUsed(BaseModel):
     images: int
 
 
-class Width(BaseModel):
-    """Channels of one group."""
+class Channels(BaseModel):
+    """Channels of one group, before and after."""
 
     model_config = _FROZEN
     dense: int
@@ -114,8 +115,18 @@ class Densities(BaseModel):
     """Share of the weights that are alive, per weight tensor, at one step of a method that moves them about."""
 
     model_config = _FROZEN
-    step: int
+    round: int = 1
+    step: int = Field(description="counted from the start of the round")
     layers: dict[str, float]
+
+
+class Lambdas(BaseModel):
+    """The strength of a penalty that moves while it trains, per group (a mean where a group has many), at one step."""
+
+    model_config = _FROZEN
+    round: int = 1
+    step: int = Field(description="counted from the start of the round")
+    groups: dict[str, Figure]
 
 
 class Round(BaseModel):
@@ -188,12 +199,13 @@ class Report(BaseModel):
     parity: Parity
     split: SplitUsed
     frozen: dict[str, str] = Field(description="group -> why it could not be cut")
-    widths: dict[str, Width]
+    widths: dict[str, Channels]
     granularity: Literal["filter", "weight"] = Field(
         "filter", description="weight: single weights are 0 in place, `params` leaves them out, the file is sparse"
     )
     density: dict[str, Density] = Field(default_factory=dict, description="per layer, at granularity weight")
     density_log: tuple[Densities, ...] = Field((), description="of sparse training, in the order of its steps")
+    lambda_log: tuple[Lambdas, ...] = Field((), description="of a method whose lambda moves, in the order of its steps")
     dropped: tuple[str, ...] = Field((), description="modules that left as a whole, with their residual branch")
     unaligned: dict[str, int] = Field(description="group -> width that is no multiple of `block`")
     block: int = Field(description="channels that widths were rounded to")
@@ -204,6 +216,8 @@ class Report(BaseModel):
     strengths: tuple[Strength, ...] = Field((), description="of each penalty at the start of the first round")
     measurements: tuple[Measurement, ...] = Field(description="dense first, in the order of the files measured")
     speedups: tuple[Speedup, ...]
+    further: tuple[Comparison, ...] = Field((), description="the same files at other batches and by other runtimes")
+    sensitivity: Sensitivity | None = Field(None, description="what each group costs when cut alone, where measured")
     conditions: dict[str, Any] = Field(description="of the measurement")
     environment: dict[str, Any] = Field(description="of the training and the proof")
     data: dict[str, Any]
