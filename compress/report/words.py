@@ -180,7 +180,7 @@ def limits(report: Mapping[str, Any]) -> list[str]:
             "What shrinks is the file. Loaded, the network has its old shapes, and ONNX Runtime multiplies by zeros as "
             "by any other number: MACs and memory stay, and no speed is claimed beyond what was measured here."
         )
-    named = "the runtimes and batches named" if report.get("further") else latency_conditions(pruned["latency_ms"])
+    named = "these runtimes and batches" if report.get("further") else latency_conditions(pruned["latency_ms"])
     found.append(
         f"Latency holds for {named} on the machine named here; other hardware, runtimes and batch sizes have to be "
         "measured."
