@@ -11,8 +11,7 @@ import typer
 from compress.cli import options, view
 
 if TYPE_CHECKING:
-    from compress.bench import Comparison, Measurement
-    from compress.bench.results import Runtime
+    from compress.bench import Comparison, Measurement, Runtime
 
 
 def bench(
@@ -57,13 +56,13 @@ def _numbers(text: str) -> list[int]:
 
 
 def _runtime(name: str) -> Runtime:
-    from compress.bench.session import PROVIDERS
+    from compress.bench import RUNTIMES
     from compress.errors import UsageError
 
-    for known in PROVIDERS:
+    for known in RUNTIMES:
         if name == known:
             return known
-    raise UsageError(f"--runtime {name} is unknown; there are {', '.join(PROVIDERS)}")
+    raise UsageError(f"--runtime {name} is unknown; there are {', '.join(RUNTIMES)}")
 
 
 def _shape(path: Path, side: int) -> tuple[int, int, int] | None:

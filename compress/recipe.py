@@ -112,7 +112,7 @@ class BenchPart(BaseModel):
     model_config = _FROZEN
     batch: int = Field(1, ge=1)
     threads: int = Field(1, ge=1)
-    runtime: Literal["ort-cpu", "ort-cuda"] = Field("ort-cpu")
+    runtime: Literal["ort-cpu", "ort-cuda", "ort-tensorrt", "openvino"] = Field("ort-cpu")
 
 
 class Recipe(BaseModel):
