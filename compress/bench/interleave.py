@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from compress.bench import identity, machine
+from compress.bench import identity, machine, noise
 from compress.bench.child import draw
 from compress.bench.fresh import measure_fresh
 from compress.bench.protocol import Input, Network, Runtime, Session, Source, one_line
@@ -27,6 +28,7 @@ from compress.errors import MeasureError
 
 BLOCK_SECONDS = 0.004  # of timed inferences in a row: far above the clock's resolution, below a scheduler's time slice
 WARM_UP = 3  # inferences before each block: the first allocates, the next ones still fill caches
+LONG = 1.0  # seconds of warming up, after the first inference, that are enough
 FEWEST_ROUNDS = 5  # even past the time limit: a bootstrap over fewer says nothing
 NARROW = 0.01  # half the width of a speed-up's interval, relative, at which measuring ends
 CHECK_EVERY = 5  # rounds between two looks at the width
@@ -54,8 +56,10 @@ class _Track:
     feeds: dict[str, Any]
     session: Session | None  # where the runtime stays open
     rounds: list[float] = field(default_factory=list)  # ms per inference, one value a round
-    singles: list[float] = field(default_factory=list)  # ms, one value an inference
+    pairs: list[tuple[float, float]] = field(default_factory=list)  # the two that a round is the mean of
+    singles: list[noise.Inference] = field(default_factory=list)
     warmup: int = 0
+    spoilt: int = 0  # blocks, two a round, in which every inference was held up while several threads worked
 
 
 def benchmark(
@@ -84,10 +88,14 @@ def benchmark(
         tracks = _tracks(sources, setting, shape)
         fresh = [measure_fresh(track.source, signature=track.signature, threads=threads, runtime=runtime, seed=seed)
                  for track in tracks]  # fmt: skip
-        start = time.monotonic()
+        used = cpus or machine.allowed_cpus()
+        before = noise.clock(used)
         speedups = _rounds(tracks, setting, on_round)
+        after = noise.clock(used)
     conditions |= {"pinned_cpus": list(cpus) if cpus else None, "rounds": len(tracks[0].rounds),
-                   "seconds": round(time.monotonic() - start, 2)}  # fmt: skip
+                   "seconds": round(after.wall - before.wall, 2)}  # fmt: skip
+    load = noise.foreign_load(before, after, used)
+    conditions |= noise.describe([_told(track) for track in tracks], speedups, load=load)
     measurements = tuple(
         Measurement(file=track.name, **identity.size(identity.file_of(track.source)), load_ms=new.load_ms,
                     first_ms=new.first_ms, peak_memory_bytes=new.peak_memory_bytes, latency=_latency(track, setting))
@@ -147,10 +155,11 @@ def _round(order: Sequence[_Track], setting: _Setting) -> None:
     back = [_block(track, setting) for track in reversed(order)]
     for track, first, second in zip(order, there, reversed(back), strict=True):
         track.rounds.append((first + second) / 2)
+        track.pairs.append((first, second))
 
 
 def _block(track: _Track, setting: _Setting) -> float:
-    """Median ms of single inferences in a row, in a session opened for this block and closed after it.
+    """Typical ms of single inferences in a row, in a session opened for this block and closed after it.
 
     Only one session is open at a time: the worker threads of an idle one keep spinning for milliseconds and take the
     processors from the other (with 2 threads, two copies of one file then differ by half and more). A new session also
@@ -162,15 +171,18 @@ def _block(track: _Track, setting: _Setting) -> float:
     once = session.timed(track.feeds)
     for _ in range(WARM_UP):
         _try(track, setting, once)
-    track.warmup += WARM_UP
-    warm = time.perf_counter()
+        track.warmup += 1
+        if (warm := time.perf_counter()) - opened > LONG:
+            break
     # The slower the load, the more inferences it has to pay for.
     stop = warm + (BLOCK_SECONDS if track.session else max(BLOCK_SECONDS, (warm - opened) / 2))
-    times = [once()]
+    is_single = setting.threads == 1 and not RUNTIMES[setting.runtime].is_gpu
+    times = [noise.watched(once, is_single=is_single)]
     while time.perf_counter() < stop:
-        times.append(once())
+        times.append(noise.watched(once, is_single=is_single))
     track.singles += times
-    return float(np.median(times))
+    track.spoilt += not is_single and not any(found.is_clean for found in times)
+    return noise.typical(times, is_single=is_single)
 
 
 def _try(track: _Track, setting: _Setting, once: Callable[[], float]) -> None:
@@ -183,8 +195,22 @@ def _try(track: _Track, setting: _Setting, once: Callable[[], float]) -> None:
 
 
 def _speedups(tracks: Sequence[_Track], seed: int) -> tuple[Speedup, ...]:
-    first = tracks[0]
-    return tuple(compare(first.rounds, track.rounds, names=(first.name, track.name), seed=seed) for track in tracks[1:])
+    first, *others = tracks
+    return tuple(
+        compare(first.rounds, track.rounds, names=(first.name, track.name), seed=seed,
+                noise=max(_noise(first), _noise(track)))
+        for track in others
+    )  # fmt: skip
+
+
+def _noise(track: _Track) -> float:
+    """Relative; infinite where most blocks had no undisturbed inference, so that nothing is known of the file."""
+    return math.inf if track.spoilt > len(track.rounds) else noise.noise(track.pairs)
+
+
+def _told(track: _Track) -> noise.Told:
+    held_up = sum(not found.is_clean for found in track.singles) / len(track.singles)
+    return noise.Told(track.name, track.rounds, noise.noise(track.pairs), held_up)
 
 
 def _is_narrow(speedup: Speedup) -> bool:
@@ -192,9 +218,10 @@ def _is_narrow(speedup: Speedup) -> bool:
 
 
 def _latency(track: _Track, setting: _Setting) -> Latency:
-    p50, p90, p99 = (float(value) for value in np.percentile(track.singles, [50, 90, 99]))
+    walls = [found.wall for found in track.singles]
+    p50, p90, p99 = (float(value) for value in np.percentile(walls, [50, 90, 99]))
     return Latency(
-        p50=p50, p90=p90, p99=p99, mean=float(np.mean(track.singles)), batch=setting.batch, threads=setting.threads,
+        p50=p50, p90=p90, p99=p99, mean=float(np.mean(walls)), batch=setting.batch, threads=setting.threads,
         runtime=setting.runtime, n=len(track.singles), warmup=track.warmup, throughput=1e3 * setting.batch / p50,
         samples=tuple(track.rounds),
     )  # fmt: skip

@@ -32,6 +32,7 @@ class Adapter:
     remedy: str  # what to do where it cannot
     imports: str  # the module that a fresh process imports before the clock starts
     takes: type[Path] | type[Network] = Path  # an ONNX file, or a network
+    is_gpu: bool = False
     stays_open: bool = False  # from the first round to the last, where opening takes longer than many inferences
     processes: int = 3  # fresh ones for load and first inference: a median of three ignores a cold disk; 1 where slow
 
@@ -40,11 +41,11 @@ RUNTIMES: dict[Runtime, Adapter] = {
     "ort-cpu": Adapter(partial(open_ort, runtime="ort-cpu"), partial(ort_inactive, "ort-cpu"), "", "onnxruntime"),
     "ort-cuda": Adapter(
         partial(open_ort, runtime="ort-cuda"), partial(ort_inactive, "ort-cuda"), GPU_BUILD, "onnxruntime",
-        stays_open=True,
+        is_gpu=True, stays_open=True,
     ),
     "ort-tensorrt": Adapter(
         partial(open_ort, runtime="ort-tensorrt"), partial(ort_inactive, "ort-tensorrt"), GPU_BUILD, "onnxruntime",
-        stays_open=True, processes=1,
+        is_gpu=True, stays_open=True, processes=1,
     ),
     "openvino": Adapter(open_openvino, openvino_inactive, OPENVINO, "openvino"),
     "torch-cpu": Adapter(
@@ -56,11 +57,11 @@ RUNTIMES: dict[Runtime, Adapter] = {
     ),
     "torch-cuda": Adapter(
         partial(open_torch, device="cuda"), partial(torch_inactive, "cuda", compiled=False), CUDA_BUILD,
-        EXPORT, Network, stays_open=True, processes=1,
+        EXPORT, Network, is_gpu=True, stays_open=True, processes=1,
     ),
     "torch-compile-cuda": Adapter(
         partial(open_torch, device="cuda", compiled=True), partial(torch_inactive, "cuda", compiled=True), CUDA_BUILD,
-        EXPORT, Network, stays_open=True, processes=1,
+        EXPORT, Network, is_gpu=True, stays_open=True, processes=1,
     ),
 }  # fmt: skip
 
@@ -72,15 +73,24 @@ def open_on(runtime: Runtime, source: Source, *, threads: int = 1) -> Session:
         LoadError: the file is missing, or the runtime does not accept it.
         MeasureError: the runtime is unknown, takes something else, or is not active, for all of the file.
     """
-    if runtime not in RUNTIMES:
-        raise MeasureError(f"runtime {runtime!r} is not known; use one of {', '.join(RUNTIMES)}")
+    check(runtime)
     adapter = RUNTIMES[runtime]
     if not isinstance(source, adapter.takes):
         wanted = "an ONNX file" if adapter.takes is Path else "a network (compress.bench.Network)"
         raise MeasureError(f"runtime {runtime} takes {wanted}, not {source.name}; name another runtime")
-    if reason := inactive(runtime):
-        raise MeasureError(f"runtime {runtime} cannot be measured here: {reason}; {adapter.remedy}")
     return adapter.open(source, threads=threads)
+
+
+def check(runtime: Runtime) -> None:
+    """See that a runtime is one of the table and active here.
+
+    Raises:
+        MeasureError: it is not, with the reason and what to do.
+    """
+    if runtime not in RUNTIMES:
+        raise MeasureError(f"runtime {runtime!r} is not known; use one of {', '.join(RUNTIMES)}")
+    if reason := inactive(runtime):
+        raise MeasureError(f"runtime {runtime} cannot be measured here: {reason}; {RUNTIMES[runtime].remedy}")
 
 
 @cache

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compress import checkpoint, cost, data, inputs, ranks
 from compress.bench.machine import allowed_cpus, describe
-from compress.bench.runtimes import inactive
+from compress.bench.runtimes import RUNTIMES, inactive
 from compress.checkpoint import ModelInfo
 from compress.data import Augment, Data, Loader, MemorySplit, Split
 from compress.errors import DataError, MeasureError
@@ -272,6 +272,7 @@ def _check_bench(recipe: Recipe) -> None:
     part = recipe.bench
     missing = inactive(part.runtime)
     if missing:
-        raise MeasureError(f"bench.runtime = {part.runtime} is not available here: {missing}")
+        remedy = RUNTIMES[part.runtime].remedy
+        raise MeasureError(f"bench.runtime = {part.runtime} is not available here: {missing}; {remedy}")
     if part.threads > len(allowed_cpus()):
         raise MeasureError(f"bench.threads = {part.threads}, but this process may use {len(allowed_cpus())} processors")
