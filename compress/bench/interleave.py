@@ -54,7 +54,7 @@ class _Track:
     name: str
     signature: tuple[Input, ...]
     feeds: dict[str, Any]
-    session: Session | None  # where the runtime stays open
+    session: Session | None  # where the runtime stays open for longer than a block
     rounds: list[float] = field(default_factory=list)  # ms per inference, one value a round
     pairs: list[tuple[float, float]] = field(default_factory=list)  # the two that a round is the mean of
     singles: list[noise.Inference] = field(default_factory=list)
@@ -134,6 +134,7 @@ def _rounds(
     start = time.monotonic()
     for done in itertools.count(1):
         with _no_collection():
+            _reopen(tracks, setting, done - 1)
             _round(tracks if done % 2 else tracks[::-1], setting)
         elapsed = time.monotonic() - start
         speedups = _speedups(tracks, setting.seed) if done % CHECK_EVERY == 0 else ()
@@ -147,6 +148,17 @@ def _rounds(
         if finished:
             break
     return _speedups(tracks, setting.seed)
+
+
+def _reopen(tracks: Sequence[_Track], setting: _Setting, round_index: int) -> None:
+    """Open anew what has served its rounds; all are closed before the first opens."""
+    serves = RUNTIMES[setting.runtime].stays_open
+    if not serves or not round_index or round_index % serves:
+        return
+    for track in tracks:
+        track.session = None
+    for track in tracks:
+        track.session = open_on(setting.runtime, track.source, threads=setting.threads)
 
 
 def _round(order: Sequence[_Track], setting: _Setting) -> None:
@@ -164,7 +176,7 @@ def _block(track: _Track, setting: _Setting) -> float:
     Only one session is open at a time: the worker threads of an idle one keep spinning for milliseconds and take the
     processors from the other (with 2 threads, two copies of one file then differ by half and more). A new session also
     draws anew where memory comes to lie, which would otherwise favour one of two equal files all through a comparison.
-    Runtimes whose opening takes longer than many inferences stay open instead; they have no threads that spin.
+    Runtimes whose opening takes longer than many inferences stay open for some rounds; they have no threads that spin.
     """
     opened = time.perf_counter()
     session = track.session or open_on(setting.runtime, track.source, threads=setting.threads)

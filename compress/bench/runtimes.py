@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -33,7 +34,7 @@ class Adapter:
     imports: str  # the module that a fresh process imports before the clock starts
     takes: type[Path] | type[Network] = Path  # an ONNX file, or a network
     is_gpu: bool = False
-    stays_open: bool = False  # from the first round to the last, where opening takes longer than many inferences
+    stays_open: float = 0  # rounds that one opening serves, more where it takes longer; 0: one block of inferences
     processes: int = 3  # fresh ones for load and first inference: a median of three ignores a cold disk; 1 where slow
 
 
@@ -41,27 +42,27 @@ RUNTIMES: dict[Runtime, Adapter] = {
     "ort-cpu": Adapter(partial(open_ort, runtime="ort-cpu"), partial(ort_inactive, "ort-cpu"), "", "onnxruntime"),
     "ort-cuda": Adapter(
         partial(open_ort, runtime="ort-cuda"), partial(ort_inactive, "ort-cuda"), GPU_BUILD, "onnxruntime",
-        is_gpu=True, stays_open=True,
+        is_gpu=True, stays_open=math.inf,
     ),
     "ort-tensorrt": Adapter(
         partial(open_ort, runtime="ort-tensorrt"), partial(ort_inactive, "ort-tensorrt"), GPU_BUILD, "onnxruntime",
-        is_gpu=True, stays_open=True, processes=1,
+        is_gpu=True, stays_open=math.inf, processes=1,
     ),
-    "openvino": Adapter(open_openvino, openvino_inactive, OPENVINO, "openvino"),
+    "openvino": Adapter(open_openvino, openvino_inactive, OPENVINO, "openvino", stays_open=4),
     "torch-cpu": Adapter(
         open_torch, partial(torch_inactive, "cpu", compiled=False), "", EXPORT, Network, processes=1,
     ),
     "torch-compile-cpu": Adapter(
         partial(open_torch, compiled=True), partial(torch_inactive, "cpu", compiled=True), COMPILER, EXPORT,
-        Network, stays_open=True, processes=1,
+        Network, stays_open=math.inf, processes=1,
     ),
     "torch-cuda": Adapter(
         partial(open_torch, device="cuda"), partial(torch_inactive, "cuda", compiled=False), CUDA_BUILD,
-        EXPORT, Network, is_gpu=True, stays_open=True, processes=1,
+        EXPORT, Network, is_gpu=True, stays_open=math.inf, processes=1,
     ),
     "torch-compile-cuda": Adapter(
         partial(open_torch, device="cuda", compiled=True), partial(torch_inactive, "cuda", compiled=True), CUDA_BUILD,
-        EXPORT, Network, is_gpu=True, stays_open=True, processes=1,
+        EXPORT, Network, is_gpu=True, stays_open=math.inf, processes=1,
     ),
 }  # fmt: skip
 
