@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from compress.bench.protocol import Runtime
+from compress.bench.protocol import Runtime as Runtime
 
 Verdict = Literal["faster", "slower", "not distinguishable"]
 
