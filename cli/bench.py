@@ -124,24 +124,22 @@ def _sources(files: Sequence[Path], runtimes: Sequence[Runtime], asked: _Asked) 
     onnx: list[Source] = [path for path in paths if path not in weights]
     of_torch = [runtime for runtime in runtimes if RUNTIMES[runtime].takes is not Path]
     others = [runtime for runtime in runtimes if runtime not in of_torch]
-    for wanted, there, what in (
-        (others, onnx, "ONNX files"),
-        (of_torch, weights, f"checkpoints ({', '.join(WEIGHTS)})"),
-    ):
-        _fits(wanted, there, what, is_run=is_run)
+    _fits(((others, onnx, "ONNX files"), (of_torch, weights, f"checkpoints ({', '.join(WEIGHTS)})")), is_run=is_run)
     networks: list[Source] = [_network(path, asked) for path in weights] if of_torch else []
     return {runtime: networks if runtime in of_torch else onnx for runtime in runtimes}
 
 
-def _fits(runtimes: Sequence[Runtime], there: Sequence[Source], what: str, *, is_run: bool) -> None:
-    """Nothing given is left out quietly."""
+def _fits(pairs: Sequence[tuple[Sequence[Runtime], Sequence[Source], str]], *, is_run: bool) -> None:
+    """Each runtime has something to measure, and nothing given is left out quietly."""
     from compress.errors import UsageError
 
-    if runtimes and not there:
-        raise UsageError(f"--runtime {runtimes[0]} takes {what}, and none is given; name one or another runtime")
-    if there and not runtimes and not is_run:
-        other = "torch-cpu" if what.startswith("checkpoints") else "ort-cpu"
-        raise UsageError(f"{there[0]} is for runtimes that take {what}; add one, for example --runtime {other}")
+    for runtimes, there, what in pairs:
+        if runtimes and not there:
+            raise UsageError(f"--runtime {runtimes[0]} takes {what}, and none is given; name one or another runtime")
+    for runtimes, there, what in pairs:
+        if there and not runtimes and not is_run:
+            other = "torch-cpu" if what.startswith("checkpoints") else "ort-cpu"
+            raise UsageError(f"{there[0]} is for runtimes that take {what}; add one, for example --runtime {other}")
 
 
 def _paths(files: Sequence[Path]) -> tuple[list[Path], bool]:

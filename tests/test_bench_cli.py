@@ -10,7 +10,7 @@ import pytest
 
 from compress.bench import Comparison, available
 from compress.bench.machine import allowed_cpus
-from compress.cli.bench import IN_A_RUN
+from compress.cli.bench import IN_A_RUN, _numbers, _threads
 from tests.shell import answer, call, refusal
 from tests.test_bench import write_network
 
@@ -22,19 +22,25 @@ def test_bench_takes_a_run_and_several_runtimes(pruned_run: tuple[Path, Any]) ->
     active = json.loads(found.stdout)["runtimes"]
     assert next(iter(active)) == "ort-cpu" and active["ort-cpu"] is None and "what to do" in found.stderr
     names = [name for name in ("ort-cpu", "openvino") if active[name] is None]
-    given = ("--runtime", ",".join(names), "--threads", "1,all", "--batch", "2", "--seconds", "0.1")
+    given = ("--runtime", ",".join(names), "--threads", "all", "--batch", "2", "--seconds", "0.1")
     made = answer("bench", pruned_run[0], *given)["comparisons"]
-    cores = len(allowed_cpus())
-    wanted = [(name, threads) for name in names for threads in dict.fromkeys([1, cores])]
+    wanted = [(name, len(allowed_cpus())) for name in names]
     assert [(one["conditions"]["runtime"], one["conditions"]["threads"]) for one in made] == wanted
     assert all([found["file"] for found in one["measurements"]] == ["dense.onnx", "model.onnx"] for one in made)
+
+
+def test_lists_of_numbers() -> None:
+    assert _threads("1,all,1") == list(dict.fromkeys([1, len(allowed_cpus())]))
+    assert _numbers("--batch", "32, 8,32") == [32, 8]
 
 
 def test_bench_of_networks_by_torch(pruned_run: tuple[Path, Any]) -> None:
     one = pruned_run[0] / "pruned.safetensors"
     (made,) = answer("bench", one, "--runtime", "torch-cpu", "--batch", 1, "--seconds", 0.1)["comparisons"]
-    assert made["measurements"][0]["file"] == "pruned.safetensors"
-    assert made["measurements"][0]["size_bytes"] == one.stat().st_size
+    (found,) = made["measurements"]
+    assert found["file"] == "pruned.safetensors" and found["size_bytes"] == one.stat().st_size
+    assert found["latency"]["runtime"] == "torch-cpu" and found["latency"]["p50"] > 0
+    assert found["load_ms"] > 0 and found["first_ms"] > 0 and found["peak_memory_bytes"] > 0
 
 
 @pytest.mark.parametrize(
@@ -58,7 +64,7 @@ def test_a_run_measures_further_batch_sizes(pruned_run: tuple[Path, Any]) -> Non
     bench = json.loads((pruned_run[0] / "bench.json").read_text())
     assert bench["conditions"]["batch"] == 1
     (more,) = bench["further"]
-    assert more["conditions"]["batch"] == 4 and [one["file"] for one in more["measurements"]] == IN_A_RUN[:2]
+    assert more["conditions"]["batch"] == 4 and [one["file"] for one in more["measurements"]] == [*IN_A_RUN[:2]]
     assert Comparison.model_validate(more).speedups[0].against == "dense.onnx"
 
 

@@ -155,14 +155,6 @@ def test_openvino_loads_in_a_fresh_process(file: Path) -> None:
     assert found.load_ms > 0 and found.first_ms > 0 and found.peak_memory_bytes > 0
 
 
-@pytest.mark.alone
-def test_a_torch_network_is_measured_like_a_file(network: Network) -> None:
-    found = benchmark([network], runtime="torch-cpu", rounds=2, seconds=0).measurements[0]
-    assert found.file == "small.safetensors" and found.size_bytes == 7
-    assert found.latency.runtime == "torch-cpu" and found.latency.p50 > 0
-    assert found.load_ms > 0 and found.first_ms > 0 and found.peak_memory_bytes > 0
-
-
 @pytest.mark.slow
 def test_a_compiled_network_is_measured(network: Network) -> None:
     if reason := runtimes.inactive("torch-compile-cpu"):

@@ -21,7 +21,7 @@ from compress.errors import MeasureError, TargetError, UsageError
 from compress.export import Proof, metric, to_onnx
 from compress.groups import Group, trace
 from compress.pipeline import timing, zeros
-from compress.pipeline.context import Run
+from compress.pipeline.context import Event, Run
 from compress.pipeline.rounds import make_regularizers, sparsify, teacher
 from compress.pipeline.widths import branches_of, select_as, sensitivity_of
 from compress.recipe import Recipe
@@ -158,6 +158,8 @@ def measure(run: Run) -> dict[str, Any]:
             found["further"].append(more.model_dump(mode="json"))
         except MeasureError as error:
             found["conditions"]["warnings"].append(f"batch {batch} was not measured: {error}")
+    for warning in found["conditions"]["warnings"]:
+        run.emit(Event("measure", warning))
     run.write("bench.json", found)
     return found
 
