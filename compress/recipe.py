@@ -111,9 +111,10 @@ class BenchPart(BaseModel):
     """What the final latencies are measured with."""
 
     model_config = _FROZEN
-    batch: int = Field(1, ge=1)
+    batch: int = Field(1, ge=1, description="of the latencies that the report leads with")
+    batches: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 8, 32), description="measured too, a few seconds each")
     threads: int = Field(1, ge=1)
-    runtime: Literal["ort-cpu", "ort-cuda"] = Field("ort-cpu")
+    runtime: Literal["ort-cpu", "ort-cuda", "ort-tensorrt", "openvino"] = Field("ort-cpu")
 
 
 class Recipe(BaseModel):

@@ -201,7 +201,7 @@ def test_bench_compares_with_the_first(pruned_run: tuple[Path, Any]) -> None:
     assert [found["file"] for found in first["measurements"]] == ["dense.onnx", "model.onnx"]
     assert first["speedups"][0]["against"] == "dense.onnx"
     assert first["measurements"][1]["size_bytes"] == files[1].stat().st_size
-    shown = call("bench", files[0], "--seconds", "0.2").stderr
+    shown = call("bench", files[0], "--batch", "1", "--seconds", "0.2").stderr
     if "ort-cuda" in first["conditions"]["unavailable"]:
         assert "not available here: ort-cuda: " in shown
 

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "numpy", "torch-pruning", "accelerate")
+PACKAGES = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino", "numpy",
+            "torch-pruning", "accelerate")  # fmt: skip
 BLOCKS = {"avx512": 16, "avx2": 8, "neon": 8, "unknown": 8}  # channels per block of the runtime's convolutions
 
 
