@@ -20,6 +20,7 @@ from compress.cli.export import export
 from compress.cli.inspect import inspect
 from compress.cli.methods import methods
 from compress.cli.prune import prune, resume
+from compress.cli.quantize import quantize
 from compress.cli.report import report
 from compress.cli.sensitivity import sensitivity
 from compress.cli.train import train
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sensitivity": sensitivity,
     "eval": evaluate,
     "export": export,
+    "quantize": quantize,
     "bench": bench,
     "verify": verify,
     "report": report,

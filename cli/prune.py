@@ -47,6 +47,7 @@ def prune(
     drop_blocks: Annotated[
         bool, typer.Option("--drop-blocks", help="Residual branches may leave whole where rounding asks for it")
     ] = False,
+    quantize: Annotated[Text, typer.Option("--quantize", help="int8 or fp16: a second file, measured beside")] = None,
     recipe: Annotated[Optional[Path], typer.Option("--recipe", help="YAML file; options go on top")] = None,  # noqa: UP045
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any knob, e.g. train.lr=0.01")
@@ -84,6 +85,7 @@ def prune(
             "round_to": int(round_to) if round_to is not None and round_to.isdigit() else round_to,
         },
         "train": {"epochs": epochs},
+        "quantize": {"to": quantize},
         "": {"task": _absolute_code(task), "seed": seed, "device": device, "threads": threads},
     }  # fmt: skip
     is_begun = resume and ranks.first(lambda: out is not None and (out / "recipe.yaml").is_file())

@@ -1,4 +1,4 @@
-"""The stages before and after the sparse rounds: prepare, recover, export, measure, report."""
+"""The stages before and after the sparse rounds: prepare, recover, export, measure, quantize, report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress import cost, report, sparse, train
+from compress import cost, inputs, report, sparse, train
 from compress.bench import benchmark
 from compress.bench.machine import vector_block
 from compress.data import Loader
@@ -22,6 +22,8 @@ from compress.groups import Group, trace
 from compress.pipeline import zeros
 from compress.pipeline.context import Run
 from compress.pipeline.rounds import branches_of, make_regularizers, select_as, sensitivity_of, sparsify, teacher
+from compress.quantize import Setting, images_of, record
+from compress.quantize import quantize as make_smaller
 from compress.recipe import Recipe
 from compress.regularize import REGULARIZERS
 from compress.sensitivities import read
@@ -142,6 +144,20 @@ def measure(run: Run) -> dict[str, Any]:
     return found
 
 
+def quantize(run: Run) -> dict[str, Any]:
+    """The pruned file again at lower precision, judged on the same split and measured beside it."""
+    part, bench = run.recipe.quantize, run.recipe.bench
+    assert part.to != "none"
+    setting = Setting(
+        part.to, part.calibration, batch=bench.batch, threads=bench.threads, runtime=bench.runtime, seed=run.recipe.seed
+    )
+    images = images_of(run.data, inputs.normalisation(run.info), count=part.images, seed=run.recipe.seed)
+    source = run.folder.path / "model.onnx"
+    made = make_smaller(source, source.with_suffix(f".{part.to}.onnx"), setting, images=images, task=run.task)
+    record(run.folder.path, made)
+    return made.model_dump(mode="json")
+
+
 def write_report(run: Run) -> dict[str, Any]:
     """The measured numbers with their conditions, for machines and for people."""
     pruned = run.network("pruned.safetensors")
@@ -176,8 +192,14 @@ STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
     "recover": recover,
     "export": export,
     "measure": measure,
+    "quantize": quantize,
     "report": write_report,
 }
+
+
+def stages_of(recipe: Recipe) -> dict[str, Callable[[Run], dict[str, Any]]]:
+    """The stages that the recipe asks for, in order."""
+    return {name: stage for name, stage in STAGES.items() if name != "quantize" or recipe.quantize.to != "none"}
 
 
 def _check_score(run: Run) -> None:
