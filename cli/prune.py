@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -29,7 +30,13 @@ def prune(
         Number, typer.Option("--target", help="Share of the metric to keep, above 0 and at most 1")
     ] = None,
     metric: Annotated[
-        Text, typer.Option("--metric", help="params, macs or size: what the target is a share of")
+        Text, typer.Option("--metric", help="params, macs, size or latency: what the target is a share of")
+    ] = None,
+    target_ms: Annotated[
+        Number, typer.Option("--target-ms", help="Latency to reach, in milliseconds, in place of --target")
+    ] = None,
+    on: Annotated[
+        Text, typer.Option("--on", metavar="RUNTIME:threads=N:batch=N", help="Where latency is measured")
     ] = None,
     granularity: Annotated[
         Text, typer.Option("--granularity", help="filter: channels leave; weight: single weights become 0 in place")
@@ -66,11 +73,16 @@ def prune(
     """Checkpoint in, smaller ONNX file out: train, cut, recover, export, prove, measure."""
     view.set_up(quiet=quiet, verbose=verbose)
     from compress import ranks
+    from compress.bench.on import parse as parse_on
     from compress.cli import load
     from compress.cli.arch import parse_arch_args
     from compress.errors import UsageError
     from compress.folder import RunFolder
 
+    if target_ms is not None:
+        if target is not None or metric not in (None, "latency"):
+            raise UsageError("--target-ms is a latency in place of --target and --metric; give one of the two")
+        metric = "latency"
     if resume and out is None:
         raise UsageError("--resume needs the --out of the run to continue (or use: compress resume DIR)")
     model, arch = load.located(model, arch)
@@ -81,11 +93,12 @@ def prune(
         "data": {"source": _absolute(data)},
         "prune": {
             "method": method, "keep": target, "metric": metric, "score": score, "regularize": regularize,
-            "granularity": granularity, "drop_blocks": drop_blocks or None,
+            "granularity": granularity, "drop_blocks": drop_blocks or None, "target_ms": target_ms,
             "round_to": int(round_to) if round_to is not None and round_to.isdigit() else round_to,
         },
         "train": {"epochs": epochs},
         "quantize": {"to": quantize},
+        "bench": asdict(parse_on(on)) if on else {},
         "": {"task": _absolute_code(task), "seed": seed, "device": device, "threads": threads},
     }  # fmt: skip
     is_begun = resume and ranks.first(lambda: out is not None and (out / "recipe.yaml").is_file())

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from compress.plan import apply as apply
     from compress.plan import select as select
     from compress.plan import shrink as shrink
+    from compress.prices import price as price
     from compress.scores import SCORES as SCORES
     from compress.sensitivities import sensitivity as sensitivity
     from compress.sparse import thin as thin
@@ -36,6 +37,7 @@ _PLACES = {
     "fold": "compress.folding:fold",
     "load": "compress.checkpoint:load",
     "measure": "compress.cost:measure",
+    "price": "compress.prices:price",
     "regularize": "compress.regularize:",
     "run": "compress.pipeline:run",
     "select": "compress.plan:select",

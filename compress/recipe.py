@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from compress.errors import UsageError
 
-Metric = Literal["params", "macs", "size"]
+Metric = Literal["params", "macs", "size", "latency"]
 SECTIONS = {"model", "data", "prune", "train", "bench", "quantize"}
 
 
@@ -60,7 +60,8 @@ class PrunePart(BaseModel):
         "filter", description="filter: channels leave; weight: single weights become 0 in place, the file is sparse"
     )
     keep: float = Field(0.5, gt=0, le=1, description="share of the metric that remains")
-    metric: Metric = Field("params", description="what `keep` is a share of")
+    metric: Metric = Field("params", description="what `keep` is a share of; latency: measured as `bench` says")
+    target_ms: float | None = Field(None, gt=0, description="milliseconds wanted, in place of `keep`; metric latency")
     round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="channel block; auto: the machine's vector unit"
     )

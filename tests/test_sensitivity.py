@@ -22,7 +22,7 @@ from compress.errors import PruneError, TargetError, UsageError
 from compress.folder import RunFolder
 from compress.groups import trace, zero
 from compress.pipeline import Event, run
-from compress.pipeline.rounds import select_as
+from compress.pipeline.widths import select_as
 from compress.plan import select
 from compress.recipe import make
 from compress.report.curves import curves, sensitivity_page

@@ -64,6 +64,11 @@ class Run:
     task: Task
 
     @property
+    def keep(self) -> float:
+        """The share of the metric that is to remain, 0 to 1; milliseconds become one once the dense ones are known."""
+        return float(self.prepared.get("keep", self.recipe.prune.keep))
+
+    @property
     def prepared(self) -> dict[str, Any]:
         """What the first stage found out about the dense network."""
         return self.read("state/prepare.json")
@@ -122,7 +127,7 @@ class Run:
         prune = self.recipe.prune
         origin = {
             "method": prune.method,
-            "target": prune.keep,
+            "target": self.keep,
             "metric": prune.metric,
             "seed": self.recipe.seed,
             "source_sha256": self.read("env.json")["source_sha256"],

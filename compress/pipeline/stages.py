@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress import cost, inputs, report, sparse, train
+from compress import cost, report, sparse, train
 from compress.bench import benchmark
 from compress.bench.machine import vector_block
 from compress.data import Loader
 from compress.errors import TargetError, UsageError
 from compress.export import Proof, metric, to_onnx
 from compress.groups import Group, trace
-from compress.pipeline import zeros
+from compress.pipeline import timing, zeros
 from compress.pipeline.context import Run
-from compress.pipeline.rounds import branches_of, make_regularizers, select_as, sensitivity_of, sparsify, teacher
-from compress.quantize import Setting, images_of, record
-from compress.quantize import quantize as make_smaller
+from compress.pipeline.lower import quantize
+from compress.pipeline.rounds import make_regularizers, sparsify, teacher
+from compress.pipeline.widths import branches_of, select_as, sensitivity_of
 from compress.recipe import Recipe
 from compress.regularize import REGULARIZERS
 from compress.sensitivities import read
@@ -64,18 +64,23 @@ def prepare(run: Run) -> dict[str, Any]:
     costs = cost.measure(run.dense, example)
     beside = _beside_weights(run, costs) if run.recipe.prune.metric == "size" else 0.0
     costs = replace(costs, fixed={**costs.fixed, "size": beside})
+    dense_ms = _dense_latency(run)
+    keep = timing.share(run.recipe, dense_ms)
     if run.recipe.prune.sensitivity:
         run.write("sensitivity.json", read(Path(run.recipe.prune.sensitivity)).model_dump(mode="json"))
     if not zeros.is_fine(run.recipe):
         even = {group.name: torch.ones(group.size) for group in groups}
-        whole = costs.total(run.recipe.prune.metric)
-        found, may_leave, keep = sensitivity_of(run), branches_of(run, run.dense), run.recipe.prune.keep
-        select_as(run.recipe, groups, even, costs, keep=keep, whole=whole, found=found, may_leave=may_leave)
+        prices = timing.priced(run, costs, dense_ms or 0.0)
+        whole = prices.total(run.recipe.prune.metric)
+        found, may_leave = sensitivity_of(run), branches_of(run, run.dense)
+        select_as(run.recipe, groups, even, prices, keep=keep, whole=whole, found=found, may_leave=may_leave)
     accuracy, loss = run.evaluate(run.dense)
     loader = run.loader(run.data.train, train=True)
     sparse, recover = epochs(run.recipe, len(loader))
+    counted = {metric: costs.total(metric) for metric in cost.METRICS} | ({"latency": dense_ms} if dense_ms else {})
     return {
-        "dense": {**{metric: costs.total(metric) for metric in cost.METRICS}, "val_top1": accuracy, "val_loss": loss},
+        "dense": {**counted, "val_top1": accuracy, "val_loss": loss},
+        "keep": keep,
         "beside_weights": beside,
         "widths": {group.name: group.size for group in groups},
         "layers": {group.name: _writers(group) for group in groups},
@@ -125,9 +130,9 @@ def export(run: Run) -> dict[str, Any]:
         if zeros.is_fine(run.recipe) and name == "pruned":
             found[name]["weights"] = zeros.count_file(model, path)
     share = found["pruned"]["size_bytes"] / found["dense"]["size_bytes"]
-    if run.recipe.prune.metric == "size" and share > run.recipe.prune.keep:
+    if run.recipe.prune.metric == "size" and share > run.keep:
         raise TargetError(
-            f"the file is {share:.4f} of the dense one, above the target {run.recipe.prune.keep:g}; ask for less",
+            f"the file is {share:.4f} of the dense one, above the target {run.keep:g}; ask for less",
             lowest=share,
         )
     run.write("parity.json", found)
@@ -144,20 +149,6 @@ def measure(run: Run) -> dict[str, Any]:
     return found
 
 
-def quantize(run: Run) -> dict[str, Any]:
-    """The pruned file again at lower precision, judged on the same split and measured beside it."""
-    part, bench = run.recipe.quantize, run.recipe.bench
-    assert part.to != "none"
-    setting = Setting(
-        part.to, part.calibration, batch=bench.batch, threads=bench.threads, runtime=bench.runtime, seed=run.recipe.seed
-    )
-    images = images_of(run.data, inputs.normalisation(run.info), count=part.images, seed=run.recipe.seed)
-    source = run.folder.path / "model.onnx"
-    made = make_smaller(source, source.with_suffix(f".{part.to}.onnx"), setting, images=images, task=run.task)
-    record(run.folder.path, made)
-    return made.model_dump(mode="json")
-
-
 def write_report(run: Run) -> dict[str, Any]:
     """The measured numbers with their conditions, for machines and for people."""
     pruned = run.network("pruned.safetensors")
@@ -168,6 +159,7 @@ def write_report(run: Run) -> dict[str, Any]:
     dense = stages["prepare"]["widths"]
     facts = {
         "recipe": run.recipe.model_dump(mode="json"),
+        "keep": run.keep,
         "env": run.read("env.json"),
         "info": run.info.model_dump(mode="json"),
         "stages": stages,
@@ -216,6 +208,15 @@ def _beside_weights(run: Run, costs: cost.Costs) -> float:
     return float(path.stat().st_size - costs.total("size"))
 
 
+def _dense_latency(run: Run) -> float | None:
+    """Milliseconds of the dense network where they are what the target is about."""
+    if not timing.is_timed(run.recipe):
+        return None
+    path = run.folder.path / "dense.onnx"
+    _to_onnx(run, copy.deepcopy(run.dense), path, "dense")
+    return timing.dense_latency(path, timing.where(run.recipe), seed=run.recipe.seed)
+
+
 def _to_onnx(run: Run, model: nn.Module, path: Path, name: str) -> Proof:
     example = run.example(17)
     is_sparse = zeros.is_fine(run.recipe) and name == "pruned"
@@ -250,7 +251,7 @@ def _metadata(run: Run, model: nn.Module, example: Tensor, name: str) -> dict[st
     prune = run.recipe.prune
     values: dict[str, Any] = {
         "method": prune.method if name == "pruned" else "none",
-        "target": prune.keep if name == "pruned" else 1.0,
+        "target": run.keep if name == "pruned" else 1.0,
         "metric": prune.metric,
         "seed": run.recipe.seed,
         "source_sha256": run.read("env.json")["source_sha256"],

@@ -23,7 +23,7 @@ def build(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     Units: MACs per image, bytes, percent, milliseconds, seconds; shares are what remains, 0 to 1.
     """
     recipe, stages, prune = facts["recipe"], facts["stages"], facts["recipe"]["prune"]
-    names = {"method": prune["method"], "target": prune["keep"], "metric": prune["metric"], "seed": recipe["seed"]}
+    names = {"method": prune["method"], "target": facts["keep"], "metric": prune["metric"], "seed": recipe["seed"]}
     files = {"onnx": "model.onnx", "checkpoint": "pruned.safetensors", "report": "report.html"}
     found = {
         "out": str(folder),
