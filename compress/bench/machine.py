@@ -36,6 +36,11 @@ def vector_block() -> int:
     return BLOCKS[vector_unit()]
 
 
+def has_int8_products() -> bool:
+    """Whether the processor adds products of bytes up in 32 bits (VNNI on x86); False where that is not known."""
+    return not {"avx512_vnni", "avx_vnni"}.isdisjoint(_cpuinfo("flags").split())
+
+
 def describe() -> dict[str, Any]:
     """Processor, cores, memory, operating system, versions and GPUs, as JSON values."""
     return {

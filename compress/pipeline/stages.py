@@ -1,4 +1,4 @@
-"""The stages before and after the sparse rounds: prepare, recover, export, measure, report."""
+"""The stages before and after the sparse rounds: prepare, recover, export, measure, quantize, report."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from compress.export import Proof, metric, to_onnx
 from compress.groups import Group, trace
 from compress.pipeline import timing, zeros
 from compress.pipeline.context import Event, Run
+from compress.pipeline.lower import quantize
 from compress.pipeline.rounds import make_regularizers, sparsify, teacher
 from compress.pipeline.widths import branches_of, select_as, sensitivity_of
 from compress.recipe import Recipe
@@ -200,8 +201,14 @@ STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
     "recover": recover,
     "export": export,
     "measure": measure,
+    "quantize": quantize,
     "report": write_report,
 }
+
+
+def stages_of(recipe: Recipe) -> dict[str, Callable[[Run], dict[str, Any]]]:
+    """The stages that the recipe asks for, in order."""
+    return {name: stage for name, stage in STAGES.items() if name != "quantize" or recipe.quantize.to != "none"}
 
 
 def _check_score(run: Run) -> None:
