@@ -54,6 +54,7 @@ def prune(
     drop_blocks: Annotated[
         bool, typer.Option("--drop-blocks", help="Residual branches may leave whole where rounding asks for it")
     ] = False,
+    quantize: Annotated[Text, typer.Option("--quantize", help="int8 or fp16: a second file, measured beside")] = None,
     recipe: Annotated[Optional[Path], typer.Option("--recipe", help="YAML file; options go on top")] = None,  # noqa: UP045
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any knob, e.g. train.lr=0.01")
@@ -96,6 +97,7 @@ def prune(
             "round_to": int(round_to) if round_to is not None and round_to.isdigit() else round_to,
         },
         "train": {"epochs": epochs},
+        "quantize": {"to": quantize},
         "bench": asdict(parse_on(on)) if on else {},
         "": {"task": _absolute_code(task), "seed": seed, "device": device, "threads": threads},
     }  # fmt: skip

@@ -208,7 +208,7 @@ def _timed(layers: Sequence[Layer], on: On, on_progress: Callable[[int, int], No
     kept: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
     missing = [layer for layer in layers if _key(layer) not in kept]
     if missing:
-        times = time_layers(missing, threads=on.threads, on_progress=on_progress)
+        times = time_layers(missing, threads=on.threads, runtime=on.runtime, on_progress=on_progress)
         kept |= {_key(layer): ms for layer, ms in zip(missing, times, strict=True)}
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, json.dumps(kept))
@@ -222,7 +222,8 @@ def _key(layer: Layer) -> str:
 def _machine() -> str:
     """What times depend on: the processor and the versions of the runtimes."""
     described = machine.describe()
-    facts = [FORMAT, described["cpu"], described["cores"], described["gpus"], described["packages"].get("onnxruntime")]
+    versions = [machine.package_version(name) for name in ("onnxruntime", "onnxruntime-gpu", "openvino")]
+    facts = [FORMAT, described["cpu"], described["cores"], described["gpus"], versions]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 

@@ -201,7 +201,7 @@ def test_bench_compares_with_the_first(pruned_run: tuple[Path, Any]) -> None:
     assert [found["file"] for found in first["measurements"]] == ["dense.onnx", "model.onnx"]
     assert first["speedups"][0]["against"] == "dense.onnx"
     assert first["measurements"][1]["size_bytes"] == files[1].stat().st_size
-    shown = call("bench", files[0], "--seconds", "0.2").stderr
+    shown = call("bench", files[0], "--batch", "1", "--seconds", "0.2").stderr
     if "ort-cuda" in first["conditions"]["unavailable"]:
         assert "not available here: ort-cuda: " in shown
 
@@ -230,7 +230,7 @@ def test_the_report_of_a_run_in_a_real_browser(pruned_run: tuple[Path, Any]) -> 
     assert path.stat().st_size < 5_000_000
     with visit(path) as seen:
         light = seen.figures()
-        names = ["latency-0", "widths", "accuracy", "loss", "lambda"]
+        names = ["latency-0", "latency-1", "widths", "accuracy", "loss", "lambda"]
         assert [figure["name"] for figure in light] == names
         dark, phone = seen.figures(is_dark=True), seen.figures(width=390)
         for figure in (*light, *dark, *phone):

@@ -17,7 +17,8 @@ FLOORS = {
     "groups": 2,
     "cost": 3, "scores": 3, "regularize": 3, "onnx_file": 3,
     "allocation": 4, "folding": 4, "prices": 4, "reach": 4, "sparse": 4, "train": 4, "export": 4, "checkpoint": 4,
-    "plan": 5, "sensitivities": 5, "fit": 5, "folder": 5, "report": 5, "inputs": 5,
+    "precision": 4,
+    "plan": 5, "sensitivities": 5, "fit": 5, "folder": 5, "report": 5, "inputs": 5, "quantize": 5, "doctor": 5,
     "aim": 6,
     "pipeline": 7, "shrinking": 7,
     "verify": 8,
@@ -27,8 +28,8 @@ WALLS = {  # foreign package -> the rooms that may import it
     "typer": {"cli"},
     "click": {"cli"},
     "rich": {"cli"},
-    "onnx": {"export", "onnx_file", "bench", "verify"},
-    "onnxruntime": {"export", "bench"},
+    "onnx": {"export", "onnx_file", "bench", "verify", "precision", "doctor"},
+    "onnxruntime": {"export", "bench", "precision", "doctor"},
     "torch_pruning": {"groups", "scores"},
 }
 

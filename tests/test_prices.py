@@ -17,6 +17,7 @@ from compress.bench import layers as bench_layers
 from compress.bench import machine
 from compress.bench.layers import Layer, time_layers
 from compress.bench.on import On, parse
+from compress.bench.protocol import Runtime
 from compress.errors import UsageError
 from compress.groups import trace
 from compress.plan import select
@@ -116,10 +117,12 @@ def test_latency_without_measured_layers_is_refused() -> None:
 
 
 @pytest.mark.alone
-def test_a_wider_layer_takes_longer_and_a_block_just_begun_costs_a_whole_one() -> None:
+@pytest.mark.parametrize("runtime", ["ort-cpu", "openvino"])
+def test_a_wider_layer_takes_longer_and_a_block_just_begun_costs_a_whole_one(runtime: Runtime) -> None:
     unit = machine.vector_block()
     narrow, begun, wide = time_layers(
-        [Layer("conv", 64, n, (28, 28), (3, 3), (1, 1), (1, 1), (1, 1)) for n in (unit, unit + unit // 4, 8 * unit)]
+        [Layer("conv", 64, n, (28, 28), (3, 3), (1, 1), (1, 1), (1, 1)) for n in (unit, unit + unit // 4, 8 * unit)],
+        runtime=runtime,
     )
     assert wide > 4 * narrow
     assert begun > 1.5 * narrow

@@ -1,8 +1,8 @@
 """How long single layers take in a runtime: many convolutions and matrix products of any width, timed together.
 
-In ONNX Runtime on a CPU, hundreds of layers go into one file, side by side, and its profiler times each kernel where it
-runs: without the reordering of memory around it, which a chain of such layers does not have, and without a call's
-overhead.
+On a CPU hundreds of layers go into one file, side by side, and the runtime's profiler times each kernel where it runs:
+without the reordering of memory around it, which a chain of such layers does not have, and without a call's overhead. A
+GPU's kernels end after their call has returned, so there each layer is a file of its own, timed as the whole is.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.bench import machine
+from compress.bench.open_vino import DEVICE, settings
+from compress.bench.protocol import Runtime
+from compress.bench.runtimes import RUNTIMES, check, open_on
+from compress.errors import MeasureError
 
 Kind = Literal["conv", "transposed", "matmul"]
 _OPERATORS: dict[Kind, str] = {"conv": "Conv", "transposed": "ConvTranspose", "matmul": "MatMul"}
@@ -77,17 +82,24 @@ def time_layers(
     layers: Sequence[Layer],
     *,
     threads: int = 1,
+    runtime: Runtime = "ort-cpu",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[float]:
     """Milliseconds of each layer, the least of ROUNDS.
 
     Args:
         on_progress: gets the number of layers timed and of all layers.
+
+    Raises:
+        MeasureError: the runtime is not active here, or does not run ONNX files.
     """
+    check(runtime)
+    if RUNTIMES[runtime].takes is not Path:
+        raise MeasureError(f"layers cannot be timed on {runtime}: it runs no ONNX files; name another runtime")
     found: list[float] = []
     with machine.pinned(threads):
         for chunk in _chunks(layers):
-            found += _time(chunk, threads)
+            found += _timer(runtime)(chunk, threads)
             if on_progress:
                 on_progress(len(found), len(layers))
     return found
@@ -105,7 +117,41 @@ def _chunks(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
         yield chunk
 
 
-def _time(layers: Sequence[Layer], threads: int) -> list[float]:
+def _timer(runtime: Runtime) -> Callable[[Sequence[Layer], int], list[float]]:
+    """How a runtime's layers are timed."""
+    profilers = {"ort-cpu": _by_onnxruntime, "openvino": _by_openvino}
+    return profilers.get(runtime, partial(_one_by_one, runtime))
+
+
+def _one_by_one(runtime: Runtime, layers: Sequence[Layer], threads: int) -> list[float]:
+    found = []
+    for layer in layers:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "layer.onnx"
+            model, feeds = side_by_side([layer])
+            file.write_bytes(model)
+            once = open_on(runtime, file, threads=threads).timed(feeds)
+            found.append(min([once() for _ in range(WARM_UP + ROUNDS)][WARM_UP:]))
+    return found
+
+
+def _by_openvino(layers: Sequence[Layer], threads: int) -> list[float]:
+    import openvino
+
+    model, feeds = side_by_side(layers)
+    core = openvino.Core()
+    request = core.compile_model(core.read_model(model), DEVICE, {**settings(threads), "PERF_COUNT": True})
+    request = request.create_infer_request()
+    spent: dict[int, list[float]] = defaultdict(list)
+    for _ in range(WARM_UP + ROUNDS):
+        request.infer(feeds)
+        for part in request.get_profiling_info():
+            if named := re.match(r"layer(\d+)_$", part.node_name):
+                spent[int(named.group(1))].append(part.real_time.total_seconds() * 1e3)
+    return [min(spent[index][WARM_UP:]) for index in range(len(layers))]
+
+
+def _by_onnxruntime(layers: Sequence[Layer], threads: int) -> list[float]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

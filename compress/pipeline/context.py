@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from compress import checkpoint, cost, data, inputs, ranks
-from compress.bench import available
 from compress.bench.machine import allowed_cpus, describe
+from compress.bench.runtimes import RUNTIMES, inactive
 from compress.checkpoint import ModelInfo
 from compress.data import Augment, Data, Loader, MemorySplit, Split
 from compress.errors import DataError, MeasureError
@@ -275,8 +275,9 @@ def _check_same(loaded: Data) -> None:
 def _check_bench(recipe: Recipe) -> None:
     """What the last stage needs must be here before the first one begins."""
     part = recipe.bench
-    missing = available()[part.runtime]
+    missing = inactive(part.runtime)
     if missing:
-        raise MeasureError(f"bench.runtime = {part.runtime} is not available here: {missing}")
+        remedy = RUNTIMES[part.runtime].remedy
+        raise MeasureError(f"bench.runtime = {part.runtime} is not available here: {missing}; {remedy}")
     if part.threads > len(allowed_cpus()):
         raise MeasureError(f"bench.threads = {part.threads}, but this process may use {len(allowed_cpus())} processors")

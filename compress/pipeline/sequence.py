@@ -16,7 +16,7 @@ from compress import ranks
 from compress.checkpoint import ModelInfo
 from compress.folder import RunFolder
 from compress.pipeline.context import Event, OnEvent, open_run
-from compress.pipeline.stages import STAGES, TOGETHER
+from compress.pipeline.stages import TOGETHER, stages_of
 from compress.recipe import Recipe
 from compress.task import Task
 
@@ -61,7 +61,7 @@ def run(
     with ExitStack() as held, _threads(recipe.threads):
         ranks.first(lambda: _hold(held, folder))
         opened = open_run(recipe, model, info, folder, source_sha256, emit, task)
-        for name, stage in STAGES.items():
+        for name, stage in stages_of(recipe).items():
             if opened.has(f"state/{name}.json"):
                 continue
             emit(Event(name))

@@ -1,4 +1,4 @@
-"""The stages before and after the sparse rounds: prepare, recover, export, measure, report."""
+"""The stages before and after the sparse rounds: prepare, recover, export, measure, quantize, report."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from compress.aim import dense_latency
 from compress.bench import benchmark
 from compress.bench.machine import vector_block
 from compress.data import Loader
-from compress.errors import TargetError, UsageError
+from compress.errors import MeasureError, TargetError, UsageError
 from compress.export import Proof, metric, to_onnx
 from compress.groups import Group, trace
 from compress.pipeline import timing, zeros
-from compress.pipeline.context import Run
+from compress.pipeline.context import Event, Run
+from compress.pipeline.lower import quantize
 from compress.pipeline.rounds import make_regularizers, sparsify, teacher
 from compress.pipeline.widths import branches_of, select_as, sensitivity_of
 from compress.recipe import Recipe
@@ -29,6 +30,8 @@ from compress.regularize import REGULARIZERS
 from compress.sensitivities import read
 from compress.structure import removed
 from compress.task import Classification, reported
+
+FURTHER_SECONDS = 3.0  # for each further batch size: 20 rounds of two small networks
 
 
 def epochs(recipe: Recipe, steps_per_epoch: int) -> tuple[list[int], int]:
@@ -140,11 +143,24 @@ def export(run: Run) -> dict[str, Any]:
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """Latency of the dense and the pruned file, interleaved in one run."""
-    part = run.recipe.bench
+    """Latency of the dense and the pruned file, interleaved in one run; under `further` that at other batch sizes.
+
+    Memory may not suffice for those: what could not be measured is a warning, not the end of a run.
+    """
+    part, seed = run.recipe.bench, run.recipe.seed
     files = [run.folder.path / "dense.onnx", run.folder.path / "model.onnx"]
-    comparison = benchmark(files, batch=part.batch, threads=part.threads, runtime=part.runtime, seed=run.recipe.seed)
-    found = comparison.model_dump(mode="json")
+    first = benchmark(files, batch=part.batch, threads=part.threads, runtime=part.runtime, seed=seed)
+    found = {**first.model_dump(mode="json"), "further": list[dict[str, Any]]()}
+    for batch in dict.fromkeys(batch for batch in part.batches if batch != part.batch):
+        try:
+            more = benchmark(
+                files, batch=batch, threads=part.threads, runtime=part.runtime, seconds=FURTHER_SECONDS, seed=seed
+            )
+            found["further"].append(more.model_dump(mode="json"))
+        except MeasureError as error:
+            found["conditions"]["warnings"].append(f"batch {batch} was not measured: {error}")
+    for warning in found["conditions"]["warnings"]:
+        run.emit(Event("measure", warning))
     run.write("bench.json", found)
     return found
 
@@ -185,8 +201,14 @@ STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
     "recover": recover,
     "export": export,
     "measure": measure,
+    "quantize": quantize,
     "report": write_report,
 }
+
+
+def stages_of(recipe: Recipe) -> dict[str, Callable[[Run], dict[str, Any]]]:
+    """The stages that the recipe asks for, in order."""
+    return {name: stage for name, stage in STAGES.items() if name != "quantize" or recipe.quantize.to != "none"}
 
 
 def _check_score(run: Run) -> None:

@@ -32,6 +32,7 @@ def build(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         **_results(facts),
         **_structure(facts),
         **_training(stages),
+        "quantized": _quantized(stages["quantize"]) if "quantize" in stages else None,
         **_conditions(facts),
         "seconds": {name: stage["seconds"] for name, stage in stages.items() if "seconds" in stage},
     }
@@ -70,6 +71,20 @@ def _network(costs: Mapping[str, Any], proof: Mapping[str, Any], measured: Mappi
         "metric": proof.get("metric") or {"name": "top1", "value": proof["top1"]},
         "latency_ms": {key: latency[key] for key in LatencyMs.model_fields},
         "throughput": latency["throughput"],
+    }
+
+
+def _quantized(made: Mapping[str, Any]) -> dict[str, Any]:
+    """The file of lower precision, as its own stage found it."""
+    one, other = made["measurements"]
+    return {
+        **_known(made, ["verdict", "file", "sha256", "to", "how"]),
+        **_known(made["fidelity"], ["top1_agreement", "snr_db"]),
+        "size_bytes": other["size_bytes"],
+        "metric": made["after"]["metric"],
+        "before_ms": {key: one["latency"][key] for key in LatencyMs.model_fields},
+        "latency_ms": {key: other["latency"][key] for key in LatencyMs.model_fields},
+        "speedup": {key: made["speedup"][key] for key in Gain.model_fields},
     }
 
 

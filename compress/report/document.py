@@ -168,6 +168,24 @@ class Strength(BaseModel):
     values: dict[str, float]
 
 
+class Quantized(BaseModel):
+    """The pruned file at lower precision; all of quantize.json's entry is not repeated here."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    verdict: str
+    file: str
+    sha256: str
+    to: str
+    how: dict[str, Any] = Field(description="types of weights and activations, calibration")
+    size_bytes: int
+    metric: Metric
+    latency_ms: LatencyMs
+    before_ms: LatencyMs = Field(description="of the float32 file, in the same run")
+    speedup: Gain
+    top1_agreement: float | None = Field(description="percent of validation images with the same largest output")
+    snr_db: float | None = Field(description="outputs' power over that of the difference; None: no difference")
+
+
 class Input(BaseModel):
     """What the ONNX file takes: float32 (batch, *size), pixels in 0..1 less `mean`, over `std`."""
 
@@ -197,6 +215,7 @@ class Report(BaseModel):
     kept: Kept
     speedup: Gain
     parity: Parity
+    quantized: Quantized | None = Field(None, description="None: not asked for")
     split: SplitUsed
     frozen: dict[str, str] = Field(description="group -> why it could not be cut")
     widths: dict[str, Channels]
