@@ -391,7 +391,10 @@ def test_every_measurement_has_its_plot_and_its_rows(run: Path) -> None:
     box, strokes, *_ = eight.spec["data"]
     assert box["x"] == pytest.approx([7.92, 8.0, 8.08]) and set(box["y"]) == {"dense"}
     assert strokes["x"] == pytest.approx([9.6, 12.0]) and strokes["text"][1] == "p99 of single inferences: 12.0 ms"
+    found["further"][0]["conditions"]["warnings"] = ["another process was busy"]
     text = pages.html(found)
+    assert "<li>ONNX Runtime CPU, batch 8, 1 thread: another process was busy</li>" in text
+    assert "--runtime ort-cpu --batch 1,8 --threads 1" in text
     assert 'colspan="10">ONNX Runtime CPU, batch 8, 1 thread</th>' in text and "7.92, 8.00, 8.08" in text
 
 

@@ -116,9 +116,8 @@ def phase_words(phase: str) -> str:
 
 def file_words(file: str) -> str:
     """The two files of a run as what they are; another one by its name."""
-    known = {"dense.onnx": "dense", "model.onnx": "pruned"} | {
-        f"{name}.safetensors": name for name in ("dense", "pruned")
-    }
+    known = {"dense.onnx": "dense", "model.onnx": "pruned"}
+    known |= {"dense.safetensors": "dense", "pruned.safetensors": "pruned"}
     return known.get(Path(file).name, str(without_folder(file)))
 
 
