@@ -28,7 +28,16 @@ PRUNE = ["prune", MODEL, "--dry-run"]
         ([*PRUNE, "--target", "1.5"], "prune.keep = 1.5: input should be less than or equal to 1"),
         ([*PRUNE, "--round-to", "foo"], "prune.round_to = 'foo': input should be a valid integer"),
         ([*PRUNE, "--round-to", "0"], "prune.round_to = 0: input should be greater than or equal to 1"),
-        ([*PRUNE, "--metric", "flops"], "prune.metric = 'flops': input should be 'params', 'macs' or 'size'"),
+        (
+            [*PRUNE, "--metric", "flops"],
+            "prune.metric = 'flops': input should be 'params', 'macs', 'size' or 'latency'",
+        ),
+        (
+            [*PRUNE, "--target-ms", "2", "--metric", "macs"],
+            "--target-ms is a latency in place of --target",
+        ),
+        ([*PRUNE, "--on", "gpu:0"], "--on 'gpu:0': the runtime 'gpu' is unknown; there are ort-cpu, ort-cuda"),
+        ([*PRUNE, "--on", "ort-cpu:2"], "--on 'ort-cpu:2' is not of the form RUNTIME:threads=N:batch=N"),
         ([*PRUNE, "--set", "train.nope=1"], "the recipe has no key 'train.nope'"),
         ([*PRUNE, "--set", "nope"], "--set 'nope' is not of the form section.key=value"),
         ([*PRUNE, "--set", "train.lr=[1"], "--set 'train.lr=[1': '[1' is no YAML value"),
