@@ -51,6 +51,7 @@ PRUNE = ["prune", MODEL, "--dry-run"]
         (["eval", MODEL, "--split", "nope"], "--split nope is unknown; there are test, val and train"),
         (["eval", "x.onnx", "--arch", "resnet20"], "--arch is for checkpoints; x.onnx holds its network"),
         (["export", MODEL, "--out", "x.pt"], "--out x.pt must end in .onnx"),
+        (["bench"], "there is nothing to measure: name ONNX files"),
         (["bench", "x.onnx", "--batch", "1,zero"], "--batch '1,zero' is not of the form N or N,N,..."),
         (["bench", "x.onnx", "--runtime", "nope"], "--runtime nope is unknown; there are ort-cpu, ort-cuda"),
     ],
@@ -62,7 +63,7 @@ def test_usage_errors_end_with_2(arguments: list[str], text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["prune"], ["prune", MODEL, "--nope"], ["nope"], ["bench"], ["inspect", MODEL, "--input-size", "x"]]
+    "arguments", [["prune"], ["prune", MODEL, "--nope"], ["nope"], ["inspect", MODEL, "--input-size", "x"]]
 )
 def test_what_typer_refuses_ends_with_2(arguments: list[str]) -> None:
     result = call(*arguments)
