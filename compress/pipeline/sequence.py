@@ -21,6 +21,7 @@ from compress.recipe import Recipe
 from compress.task import Task
 
 log = logging.getLogger(__name__)
+LAST = list(STAGES)[-1]
 
 
 def run(
@@ -32,6 +33,7 @@ def run(
     source_sha256: str = "",
     on_event: OnEvent = lambda event: None,
     task: Task | None = None,
+    until: str = LAST,
 ) -> dict[str, Any]:
     """Prune `model` as `recipe` says and leave the evidence in `folder`; what is there already is not done again.
 
@@ -43,8 +45,9 @@ def run(
         info: what the checkpoint says about it. Missing: normalisation is measured on the training images.
         task: one's own; None: the task of ours that the recipe or `info` names.
         source_sha256: of the checkpoint file, for the metadata of what is written.
+        until: the stage after which to stop, a key of STAGES; a later call does the others.
 
-    Returns: the report, as in report.json.
+    Returns: the report, as in report.json; of a run that stops before it what its last stage found.
 
     Raises:
         CompressError: every expected failure, with its exit code; the folder stays resumable.
@@ -61,7 +64,8 @@ def run(
     with ExitStack() as held, _threads(recipe.threads):
         ranks.first(lambda: _hold(held, folder))
         opened = open_run(recipe, model, info, folder, source_sha256, emit, task)
-        for name, stage in STAGES.items():
+        for name in list(STAGES)[: list(STAGES).index(until) + 1]:
+            stage = STAGES[name]
             if opened.has(f"state/{name}.json"):
                 continue
             emit(Event(name))
@@ -71,7 +75,7 @@ def run(
             opened.write(f"state/{name}.json", {**result, "seconds": seconds})
         for tracker in opened.device.trackers:  # Accelerator.end_training would part the processes too
             tracker.finish()
-        return opened.read("report.json")
+        return opened.read("report.json" if until == LAST else f"state/{until}.json")
 
 
 def _hold(held: ExitStack, folder: RunFolder) -> None:

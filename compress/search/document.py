@@ -1,0 +1,125 @@
+"""search.json and search.html: every trial of a search, and the one that won."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.files import atomic_write
+from compress.plots import page
+from compress.recipe import Recipe
+from compress.report.words import figure, metric_words
+from compress.search.proposals import best
+from compress.search.settings import Outcome, Search, fits
+
+LOOK = {"fits": ("#1b7f4b", "circle"), "does not fit": ("#c23b22", "x"), "given up": ("#999999", "triangle-down")}
+
+
+def write(
+    folder: Path, wanted: Search, recipe: Recipe, done: Sequence[Outcome], *, against: float | None, metric: str
+) -> None:
+    """Write search.html and, last, search.json into the search's folder.
+
+    Args:
+        against: what drops are counted from, percent; None: each trial's own measurement of the dense network.
+        metric: what the task measures.
+    """
+    content = document(wanted, recipe, done, against=against, metric=metric)
+    if done:
+        atomic_write(folder / "search.html", html(content))
+    atomic_write(folder / "search.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def document(
+    wanted: Search, recipe: Recipe, done: Sequence[Outcome], *, against: float | None, metric: str
+) -> dict[str, Any]:
+    """What search.json holds: the budget, the trials in their order, the winner's number or None."""
+    winner = best(done, wanted)
+    known = next((o.val + o.drop for o in done if o.val is not None and o.drop is not None), None)
+    return {
+        "max_drop": wanted.max_drop,
+        "against": wanted.against,
+        "reference": against if against is not None else known,
+        "val_metric": metric,
+        "metric": recipe.prune.metric,
+        "method": recipe.prune.method,
+        "seed": recipe.seed,
+        "most_trials": wanted.trials,
+        "winner": None if winner is None else winner.number,
+        "trials": [{**outcome.model_dump(mode="json"), "fits": fits(outcome, wanted)} for outcome in done],
+        "seconds": sum(outcome.seconds for outcome in done),
+    }
+
+
+def sentence(outcome: Outcome, wanted: Search, metric: str) -> str:
+    """`0.242 of the params remained, 0.35 points down: fits`."""
+    share = f"{figure(outcome.reached or outcome.keep)} of the {metric}"
+    if outcome.drop is None:
+        return f"{share}: {outcome.state}: {outcome.text}"
+    moved = f"{abs(outcome.drop):.2f} points {'down' if outcome.drop >= 0 else 'up'}"
+    end = "given up" if outcome.state == "given up" else "fits" if fits(outcome, wanted) else "does not fit"
+    return f"{share} remained, validation {outcome.val or 0:.2f} %, {moved}: {end}"
+
+
+def html(content: Mapping[str, Any]) -> str:
+    """search.html: the drop over the share that remained, one point a trial."""
+    import plotly.graph_objects as go
+
+    drawn = go.Figure()
+    name = metric_words(content["val_metric"])
+    for what, (colour, symbol) in LOOK.items():
+        shown = [trial for trial in content["trials"] if trial["drop"] is not None and kind(trial) == what]
+        drawn.add_scatter(
+            x=[trial["reached"] for trial in shown],
+            y=[-trial["drop"] for trial in shown],
+            text=[f"trial {trial['number']}: {summary(trial['params'])}" for trial in shown],
+            mode="markers",
+            name=what,
+            marker={"color": colour, "symbol": symbol, "size": 11},
+        )
+    drawn.add_hline(y=-content["max_drop"], line_dash="dash", line_color="#555555")
+    drawn.update_xaxes(type="log", title=f"share of the {content['metric']} that remained")
+    drawn.update_yaxes(title=f"validation {name} against the dense network, points")
+    drawn.update_layout(template="plotly_white", margin={"t": 30, "r": 20}, legend={"orientation": "h", "y": 1.08})
+    rows = [
+        (
+            str(trial["number"]),
+            summary(trial["params"]),
+            "" if trial["reached"] is None else figure(trial["reached"]),
+            "" if trial["val"] is None else f"{trial['val']:.2f}",
+            "" if trial["drop"] is None else f"{-trial['drop']:+.2f}",
+            "won" if trial["number"] == content["winner"] else kind(trial),
+            f"{trial['seconds']:.0f}",
+        )
+        for trial in content["trials"]
+    ]
+    header = ("trial", "tried", f"{content['metric']} left", f"validation {name} (%)", "points", "", "seconds")
+    return page("Search within an accuracy budget", [verdict(content)], [drawn], header=header, rows=rows)
+
+
+def verdict(content: Mapping[str, Any]) -> str:
+    """The search in one sentence."""
+    dense = "as given" if content["against"] == "given" else "fine-tuned for as long"
+    count = len(content["trials"])
+    asked = f"within {content['max_drop']:g} points of the dense network {dense}"
+    if content["reference"] is not None:
+        asked += f" ({content['reference']:.2f} % on validation)"
+    won = next((trial for trial in content["trials"] if trial["number"] == content["winner"]), None)
+    if won is None:
+        return f"None of {count} trials is {asked}."
+    moved = f"{-won['drop']:+.2f} points"
+    return f"The smallest of {count} trials {asked} keeps {figure(won['reached'])} of the {content['metric']}: {moved}."
+
+
+def summary(params: Mapping[str, Any]) -> str:
+    """`keep 0.25, allocation global, floor 0.4`."""
+    return ", ".join(f"{key} {value if isinstance(value, str) else figure(value)}" for key, value in params.items())
+
+
+def kind(trial: Mapping[str, Any]) -> str:
+    """What became of a trial, in a word or two."""
+    if trial["state"] != "done":
+        return str(trial["state"])
+    return "fits" if trial["fits"] else "does not fit"
