@@ -1,4 +1,4 @@
-"""Which trial is next: a geometric ladder around the edge of the budget, one step between, then a Gaussian process.
+"""Which trial is next: a geometric ladder to the edge of the budget, each choice once there, then a Gaussian process.
 
 Accuracy falls nearly monotonically with the share that is kept, so that a ladder finds the edge in a handful of runs,
 where a sampler that knows nothing spends as many on its start. All of it is a function of the finished trials and the
@@ -20,7 +20,10 @@ FIRST = 0.5  # share that the ladder begins with: the recipe's own default
 STEP = 2.0  # downwards by halves, upwards by square roots
 CLOSE = 1.25  # ratio of the shares on both sides of the edge at which limits are tried, if there are any
 CLOSEST = 1.05  # and at which the search ends, if there are none
-GAIN = 0.97  # of the best share: what a proposal must ask for to be worth a run
+LESS = 0.9  # of the best share: where other limits are first tried (ours)
+LEAST = 0.6  # and the least that is tried near the edge
+NEAR = 3.0  # ratio to the best share within which trials tell about the edge
+GAIN = 0.97  # of the best share: a proposal above it is not worth a run
 
 
 def propose(done: Sequence[Outcome], space: Space, wanted: Search, *, seed: int) -> dict[str, Any] | None:
@@ -37,7 +40,13 @@ def propose(done: Sequence[Outcome], space: Space, wanted: Search, *, seed: int)
         return None  # as small as it gets
     if ratio > (CLOSE if space.has_limits else CLOSEST):
         return {**found.params, "keep": math.sqrt(low * high)}
-    return _sampled(done, space, wanted, high=high, seed=seed) if space.has_limits else None
+    if not space.has_limits:
+        return None
+    for name, values in space.choices.items():
+        for value in values:
+            if all(outcome.params[name] != value for outcome in done):
+                return {**found.params, name: value, "keep": max(space.keep[0], high * LESS)}
+    return _sampled(done, space, wanted, high=high, seed=seed)
 
 
 def best(done: Sequence[Outcome], wanted: Search) -> Outcome | None:
@@ -47,10 +56,15 @@ def best(done: Sequence[Outcome], wanted: Search) -> Outcome | None:
 
 
 def edge(done: Sequence[Outcome], found: Outcome, space: Space) -> tuple[float, float]:
-    """The largest share below the best one's that did not fit (else the lowest there is), and the best one's."""
+    """The largest share below the best one's that did not fit, and the best one's.
+
+    Where none did below it the lowest there is; or, where the best one's limits have taken it past those that failed
+    with others, a share not far below it.
+    """
     high = found.reached or found.keep
     failed = [o.keep for o in done if o.keep < high and o.number != found.number]
-    return max([space.keep[0], *failed]), high
+    is_past = not failed and any(found.params.items() - o.params.items() - {("keep", found.keep)} for o in done)
+    return max([space.keep[0], high * LEAST if is_past else 0.0, *failed]), high
 
 
 def ladder(space: Space) -> list[float]:
@@ -71,21 +85,28 @@ def _up(done: Sequence[Outcome], space: Space) -> float | None:
     return min(math.sqrt(tried), space.keep[1])
 
 
-def _sampled(done: Sequence[Outcome], space: Space, wanted: Search, *, high: float, seed: int) -> dict[str, Any]:
+def _sampled(done: Sequence[Outcome], space: Space, wanted: Search, *, high: float, seed: int) -> dict[str, Any] | None:
     """A point where a Gaussian process expects a smaller network within the budget, below the best share so far.
 
-    Optuna's GPSampler with the drop as its constraint (log expected improvement times the probability of fitting).
+    Optuna's GPSampler with the drop as its constraint (log expected improvement times the probability of fitting), on
+    the trials near the edge alone: far from it the drop is another function. That less is less accurate it does not
+    know: a share at or below one that failed with the same choices, or so close to the best one that nothing is
+    gained, is moved half way between the two. None: the two have met.
     """
     import optuna
 
-    known = [outcome for outcome in done if outcome.drop is not None]
-    sampler = optuna.samplers.GPSampler(seed=seed * 1000 + len(done), n_startup_trials=len(known))
+    near = (max(space.keep[0], high / NEAR), min(space.keep[1], high * NEAR))
+    local = space.model_copy(update={"keep": near})
+    known = [outcome for outcome in done if outcome.drop is not None and near[0] <= outcome.keep <= near[1]]
+    sampler = optuna.samplers.GPSampler(seed=seed * 1000 + len(done), n_startup_trials=0)
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its fits: how far an optimiser came
         study = optuna.create_study(sampler=sampler)
         for outcome in known:
-            study.add_trial(frozen(outcome, space, wanted))
-        params = dict(study.ask(distributions(space)).params)
-    if params["keep"] > high * GAIN:
-        params["keep"] = max(space.keep[0], high * GAIN / CLOSEST)
-    return params
+            study.add_trial(frozen(outcome, local, wanted))
+        params = dict(study.ask(distributions(local)).params)
+    alike = [o.keep for o in done if all(o.params[name] == params[name] for name in space.choices)]
+    failed = max([space.keep[0], high * LEAST, *(keep for keep in alike if keep < high)])
+    if not failed < params["keep"] <= high * GAIN:
+        params["keep"] = math.sqrt(failed * high)
+    return params if failed <= high * GAIN else None

@@ -33,7 +33,7 @@ PROTECTED = {
     "trials",
     "log.txt",
 }  # the search's own; not the winner's
-OWN_STATE = {"lock", "search.journal", "space.json", "winner.json"}
+OWN_STATE = {"lock", "search.journal", "space.json", "reference.json", "winner.json"}
 
 
 def search(

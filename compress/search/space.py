@@ -47,22 +47,25 @@ def space(recipe: Recipe, model: nn.Module, info: ModelInfo) -> Space:
     Raises:
         TargetError: not even the highest share can be reached.
     """
-    low = lowest(recipe, model, info)
-    if low > HIGHEST:
-        raise TargetError(f"nothing below {low:.3g} of the {recipe.prune.metric} can be reached", lowest=low)
-    keep = (low, HIGHEST)
     prune, defaults = recipe.prune, type(recipe.prune)()
-    if prune.granularity == "weight":
-        return Space(keep=keep)
     choices: dict[str, tuple[str, ...]] = {}
     ranges: dict[str, tuple[float, float]] = {}
     base: dict[str, Any] = {}
+    if prune.granularity == "weight":
+        return Space(keep=_shares(recipe, model, info))
     if prune.allocation == defaults.allocation and prune.floor == defaults.floor:
         choices["allocation"], base["allocation"] = ALLOCATIONS, prune.allocation
         ranges["floor"], base["floor"] = FLOORS, prune.floor
     if prune.sensitivity and prune.max_group_distortion is None and prune.max_group_drop is None:
         ranges["max_group_distortion"], base["max_group_distortion"] = DISTORTIONS, START
-    return Space(keep=keep, choices=choices, ranges=ranges, base=base)
+    return Space(keep=_shares(at(recipe, base), model, info), choices=choices, ranges=ranges, base=base)
+
+
+def _shares(recipe: Recipe, model: nn.Module, info: ModelInfo) -> tuple[float, float]:
+    low = lowest(recipe, model, info)
+    if low > HIGHEST:
+        raise TargetError(f"nothing below {low:.3g} of the {recipe.prune.metric} can be reached", lowest=low)
+    return low, HIGHEST
 
 
 def lowest(recipe: Recipe, model: nn.Module, info: ModelInfo) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,14 @@ def reference(bench: Bench) -> float | None:
     """The metric that drops are counted from, where it is known before any trial: of the dense network, fine-tuned."""
     if bench.wanted.against == "given":
         return None
-    recipe = at(bench.recipe, {"keep": 1.0, "metric": "params", "granularity": "filter", "redraw": False})
-    found = _run(bench, recipe, None, bench.emit)
-    ranks.first(lambda: strip(bench.place(None)))
-    return float(found["val_top1"]["best"])
+    folder = RunFolder(bench.folder)
+    if not ranks.first(lambda: folder.has("state/reference.json")):
+        bench.emit(Event("search", "the dense network, fine-tuned for as long"))
+        recipe = at(bench.recipe, {"keep": 1.0, "metric": "params", "granularity": "filter", "redraw": False})
+        found = _run(bench, recipe, None, bench.emit)
+        ranks.first(lambda: folder.write("state/reference.json", {"val": found["val_top1"]["best"]}))
+        ranks.first(lambda: strip(bench.place(None)))
+    return float(ranks.first(lambda: folder.read("state/reference.json"))["val"])
 
 
 def attempt(bench: Bench, number: int, params: dict[str, Any], against: float | None) -> Outcome:
@@ -80,21 +84,23 @@ def attempt(bench: Bench, number: int, params: dict[str, Any], against: float | 
     def base() -> float:
         return against if against is not None else _read(bench, number, "prepare")["dense"]["val_top1"]
 
+    def ended(val: float, state: State) -> Outcome:
+        reached, drop = ranks.first(lambda: [_reached(bench, number), base() - val])
+        known = {"reached": reached, "val": val, "drop": drop}
+        return Outcome(number=number, state=state, params=params, seconds=spent(), **known)
+
     try:
-        found = _run(bench, at(bench.recipe, params), number, _watched(bench, base))
+        found = _run(bench, at(bench.recipe, params), number, _watched(bench, number, base))
     except _Hopeless as given_up:
-        text = f"{given_up.val:.2f} % halfway through recovery"
-        known = {"reached": _reached(bench, number), "val": given_up.val, "drop": base() - given_up.val}
-        return Outcome(number=number, state="given up", params=params, seconds=spent(), text=text, **known)
+        return ended(given_up.val, "given up")
     except (TargetError, DivergedError) as error:
         if ranks.world() > 1:  # the others know nothing of it
             raise
         state: State = "out of reach" if isinstance(error, TargetError) else "diverged"
         return Outcome(number=number, state=state, params=params, seconds=spent(), text=str(error))
-    val = float(found["val_top1"]["best"])
-    drop = ranks.first(base) - val
-    known = {"reached": ranks.first(lambda: _reached(bench, number)), "val": val, "drop": drop}
-    return Outcome(number=number, state="done", params=params, seconds=spent(), **known)
+    vals = [float(epoch["val_top1"]) for epoch in found["history"]]
+    hopeless = _hopeless(vals, len(vals), ranks.first(base) - bench.wanted.max_drop)
+    return ended(float(found["val_top1"]["best"]), "done") if hopeless is None else ended(hopeless, "given up")
 
 
 def strip(place: Path) -> None:
@@ -117,22 +123,33 @@ def _run(bench: Bench, recipe: Recipe, number: int | None, emit: OnEvent) -> dic
     return pipeline.run(recipe, bench.model, bench.info, until=LAST, **given)  # type: ignore[arg-type]
 
 
-def _watched(bench: Bench, base: Callable[[], float]) -> OnEvent:
-    """Passes events on, and ends a trial that is far from the budget when half of its recovery is over."""
-    best = float("-inf")
+def _watched(bench: Bench, number: int, base: Callable[[], float]) -> OnEvent:
+    """Passes events on, and ends a trial that is far from the budget when half of its recovery is over.
+
+    Not one that was broken off in its recovery, of which the first epochs are not known here: it is judged at its end.
+    """
+    is_broken = (bench.place(number) / "state" / f"{LAST}.pt").exists()
+    vals: list[float] = []
 
     def watch(event: Event) -> None:
-        nonlocal best
         bench.emit(event)
         at_epoch = event.progress
-        if event.stage != LAST or at_epoch is None or at_epoch.top1 is None:
+        if is_broken or ranks.world() > 1 or event.stage != LAST or at_epoch is None or at_epoch.top1 is None:
             return
-        best = max(best, at_epoch.top1)
-        is_late = 2 * (at_epoch.epoch + 1) >= at_epoch.epochs and at_epoch.epoch + 1 < at_epoch.epochs
-        if is_late and ranks.world() == 1 and base() - best > bench.wanted.max_drop + HOPELESS:
-            raise _Hopeless(best)
+        vals.append(at_epoch.top1)
+        val = _hopeless(vals, at_epoch.epochs, base() - bench.wanted.max_drop)
+        if val is not None:
+            raise _Hopeless(val)
 
     return watch
+
+
+def _hopeless(vals: Sequence[float], epochs: int, least: float) -> float | None:
+    """The best metric so far, where it is HOPELESS points below `least` in the second half of `epochs`; else None."""
+    for count in range(-(-epochs // 2), min(len(vals), epochs - 1) + 1):
+        if count and max(vals[:count]) < least - HOPELESS:
+            return max(vals[:count])
+    return None
 
 
 def _reached(bench: Bench, number: int) -> float:
