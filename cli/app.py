@@ -15,6 +15,7 @@ import typer
 from compress import ranks
 from compress.cli import view
 from compress.cli.bench import bench
+from compress.cli.compare import compare
 from compress.cli.evaluate import evaluate
 from compress.cli.export import export
 from compress.cli.inspect import inspect
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "export": export,
     "bench": bench,
+    "compare": compare,
     "verify": verify,
     "report": report,
     "methods": methods,

@@ -80,16 +80,16 @@ def prune(
     model, arch = load.located(model, arch)
     given: dict[str, dict[str, Any]] = {
         "model": {
-            "path": str(model.absolute()), "arch": _absolute_code(arch), "arch_args": parse_arch_args(arch_arg or []),
+            "path": str(model.absolute()), "arch": absolute_code(arch), "arch_args": parse_arch_args(arch_arg or []),
         },
-        "data": {"source": _absolute(data)},
+        "data": {"source": absolute(data)},
         "prune": {
             "method": method, "keep": target, "metric": metric, "score": score, "regularize": regularize,
             "granularity": granularity, "drop_blocks": drop_blocks or None,
             "round_to": int(round_to) if round_to is not None and round_to.isdigit() else round_to,
         },
         "train": {"epochs": epochs},
-        "": {"task": _absolute_code(task), "seed": seed, "device": device, "threads": threads},
+        "": {"task": absolute_code(task), "seed": seed, "device": device, "threads": threads},
     }  # fmt: skip
     is_begun = resume and ranks.first(lambda: out is not None and (out / "recipe.yaml").is_file())
     begun = out if is_begun else None
@@ -233,12 +233,12 @@ def _check_methods(method: str, regularize: tuple[str, ...], score: str) -> None
         raise UsageError(f"--regularize {twice}: {twice} takes part already; name each regulariser once")
 
 
-def _absolute(source: str | None) -> str | None:
+def absolute(source: str | None) -> str | None:
     """A path that exists becomes absolute, so that a resume works from anywhere; names stay as they are."""
     return str(Path(source).absolute()) if source and Path(source).exists() else source
 
 
-def _absolute_code(arch: str | None) -> str | None:
+def absolute_code(arch: str | None) -> str | None:
     """The file in file.py:function and the folder in hf:DIR become absolute; other names stay as they are."""
     if arch and arch.startswith("hf:") and Path(arch[3:]).is_dir():
         return f"hf:{Path(arch[3:]).absolute()}"

@@ -20,6 +20,7 @@ FLOORS = {
     "plan": 5, "sensitivities": 5, "fit": 5, "folder": 5, "report": 5, "inputs": 5,
     "pipeline": 6,
     "verify": 7, "search": 7,
+    "comparison": 8,
     "cli": 9,
 }  # fmt: skip
 WALLS = {  # foreign package -> the rooms that may import it
