@@ -16,11 +16,13 @@ from compress import ranks
 from compress.cli import view
 from compress.cli.bench import bench
 from compress.cli.compare import compare
+from compress.cli.doctor import doctor
 from compress.cli.evaluate import evaluate
 from compress.cli.export import export
 from compress.cli.inspect import inspect
 from compress.cli.methods import methods
 from compress.cli.prune import prune, resume
+from compress.cli.quantize import quantize
 from compress.cli.report import report
 from compress.cli.sensitivity import sensitivity
 from compress.cli.train import train
@@ -45,8 +47,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sensitivity": sensitivity,
     "eval": evaluate,
     "export": export,
+    "quantize": quantize,
     "bench": bench,
     "compare": compare,
+    "doctor": doctor,
     "verify": verify,
     "report": report,
     "methods": methods,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -31,7 +32,13 @@ def prune(
         Number, typer.Option("--target", help="Share of the metric to keep, above 0 and at most 1")
     ] = None,
     metric: Annotated[
-        Text, typer.Option("--metric", help="params, macs or size: what the target is a share of")
+        Text, typer.Option("--metric", help="params, macs, size or latency: what the target is a share of")
+    ] = None,
+    target_ms: Annotated[
+        Number, typer.Option("--target-ms", help="Latency to reach, in milliseconds, in place of --target")
+    ] = None,
+    on: Annotated[
+        Text, typer.Option("--on", metavar="RUNTIME:threads=N:batch=N", help="Where latency is measured")
     ] = None,
     max_drop: search.MaxDrop = None,
     trials: search.Trials = None,
@@ -52,6 +59,7 @@ def prune(
     drop_blocks: Annotated[
         bool, typer.Option("--drop-blocks", help="Residual branches may leave whole where rounding asks for it")
     ] = False,
+    quantize: Annotated[Text, typer.Option("--quantize", help="int8 or fp16: a second file, measured beside")] = None,
     recipe: Annotated[Optional[Path], typer.Option("--recipe", help="YAML file; options go on top")] = None,  # noqa: UP045
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any knob, e.g. train.lr=0.01")
@@ -70,11 +78,16 @@ def prune(
     """Checkpoint in, smaller ONNX file out: train, cut, recover, export, prove, measure."""
     view.set_up(quiet=quiet, verbose=verbose)
     from compress import ranks
+    from compress.bench.on import parse as parse_on
     from compress.cli import load
     from compress.cli.arch import parse_arch_args
     from compress.errors import UsageError
     from compress.folder import RunFolder
 
+    if target_ms is not None:
+        if target is not None or metric not in (None, "latency"):
+            raise UsageError("--target-ms is a latency in place of --target and --metric; give one of the two")
+        metric = "latency"
     if resume and out is None:
         raise UsageError("--resume needs the --out of the run to continue (or use: compress resume DIR)")
     model, arch = load.located(model, arch)
@@ -85,15 +98,17 @@ def prune(
         "data": {"source": absolute(data)},
         "prune": {
             "method": method, "keep": target, "metric": metric, "score": score, "regularize": regularize,
-            "granularity": granularity, "drop_blocks": drop_blocks or None,
+            "granularity": granularity, "drop_blocks": drop_blocks or None, "target_ms": target_ms,
             "round_to": int(round_to) if round_to is not None and round_to.isdigit() else round_to,
         },
         "train": {"epochs": epochs},
+        "quantize": {"to": quantize},
+        "bench": asdict(parse_on(on)) if on else {},
         "": {"task": absolute_code(task), "seed": seed, "device": device, "threads": threads},
     }  # fmt: skip
     is_begun = resume and ranks.first(lambda: out is not None and (out / "recipe.yaml").is_file())
     begun = out if is_begun else None
-    asked = search.wanted(max_drop, trials, against, target=target, begun=begun)
+    asked = search.wanted(max_drop, trials, against, target=target or target_ms, begun=begun)
     checked = _recipe(recipe, given, set_ or [], begun)
     if begun is not None:
         _finish(begun, asked, as_json=as_json)

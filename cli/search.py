@@ -50,7 +50,7 @@ def wanted(
             raise UsageError("--trials and --against belong to --max-drop: name the points that may be lost")
         return None
     if target is not None:
-        raise UsageError(f"--target {target:g} and --max-drop exclude each other: the search looks for the share")
+        raise UsageError("--target and --max-drop exclude each other: the search looks for the share")
     if before is None and begun is not None:
         raise UsageError(f"{begun} was begun without --max-drop; choose another --out")
     given = {"max_drop": max_drop, "trials": trials, "against": against}
@@ -95,7 +95,7 @@ def result(found: dict[str, Any]) -> None:
             str(trial["number"]),
             summary(trial["params"]),
             "" if trial["reached"] is None else figure(trial["reached"]),
-            "" if trial["drop"] is None else f"{-trial['drop']:+.2f}",
+            "" if trial["drop"] is None else f"{0 - trial['drop']:+.2f}",
             "won" if trial["number"] == found["winner"] else kind(trial),
         )
         for trial in found["trials"]

@@ -31,6 +31,7 @@ STAGES = {
     "recover": "recovering accuracy",
     "export": "exporting and proving the ONNX files",
     "measure": "measuring latency",
+    "quantize": "quantising the pruned file, and measuring it beside float32",
     "report": "writing the report",
 }
 
@@ -151,6 +152,8 @@ def result(report: Mapping[str, Any]) -> None:
     )
     where = f"{latency['runtime']}, batch {latency['batch']}, {count(latency['threads'], 'thread')}"
     note(f"latency by {where}; in brackets the {100 * report['speedup'].get('confidence', 0.95):g} % interval")
+    if report.get("quantized"):
+        note(f"{report['quantized']['file']}, {report['quantized']['verdict']}")
     parity = report["parity"]
     scale = figure(parity["output_scale"])
     note(f"ONNX proved equal to torch: max difference {parity['max_abs_diff']:.1g} at outputs of {scale}")

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from compress.plan import Plan as Plan
     from compress.plan import apply as apply
     from compress.plan import select as select
-    from compress.plan import shrink as shrink
+    from compress.prices import price as price
     from compress.scores import SCORES as SCORES
     from compress.sensitivities import sensitivity as sensitivity
+    from compress.shrinking import shrink as shrink
     from compress.sparse import thin as thin
 
 __version__ = "0.1.0"
@@ -36,11 +37,12 @@ _PLACES = {
     "fold": "compress.folding:fold",
     "load": "compress.checkpoint:load",
     "measure": "compress.cost:measure",
+    "price": "compress.prices:price",
     "regularize": "compress.regularize:",
     "run": "compress.pipeline:run",
     "select": "compress.plan:select",
     "sensitivity": "compress.sensitivities:sensitivity",
-    "shrink": "compress.plan:shrink",
+    "shrink": "compress.shrinking:shrink",
     "thin": "compress.sparse:thin",
     "to_onnx": "compress.export:to_onnx",
     "trace": "compress.groups:trace",

@@ -14,11 +14,12 @@ from compress.groups import Group
 
 Allocation = Literal["balanced", "uniform", "relative", "global"]
 ALLOCATIONS: dict[Allocation, str] = {
-    "balanced": "as uniform, but a layer whose channels are dear shrinks faster, in parameters and bytes",
+    "balanced": "as uniform, but a layer whose channels are dear shrinks faster, in parameters, bytes and milliseconds",
     "uniform": "every layer shrinks alike, but channels that many layers share shrink less; scores rank within layers",
     "relative": "all layers compete: the lowest score, in units of the layer's mean, leaves first",
     "global": "all layers compete: the lowest such score per cost leaves first",
 }
+EAGER = 0.25  # the power of the time that a step saves, beside what the group keeps (ours, benchmarks/LOG.md)
 DEAREST = 4.0  # by how much a channel's price may speed up, or slow down, how its layer shrinks (ours)
 
 Key = Callable[[str, int, int], float]  # group, its width, the next smaller one -> what leaves first has the least
@@ -33,14 +34,15 @@ def powers(free: Sequence[Group], costs: Costs, widths: Widths, allocation: Allo
 
     `balanced` multiplies that by what a channel costs, in units of the geometric mean of its kind, within a factor of
     DEAREST: for what a channel takes in a late layer, an early one has several. Not so for MACs, where early channels
-    are the dear ones. All of this is ours, measured on ResNet-20: benchmarks/LOG.md.
+    are the dear ones, nor for latency, where `keys` weighs the time that each step saves. All of this is ours, measured
+    on ResNet-20: benchmarks/LOG.md.
     """
     layers = {group.name: _layers(group, costs) for group in free}
     if not any(n > 2 for n in layers.values()) or all(n > 2 for n in layers.values()):
         kinds = dict.fromkeys(layers, 0.5)
     else:
         kinds = {name: 0.25 if n > 2 else 0.75 for name, n in layers.items()}
-    if allocation != "balanced" or widths.metric == "macs":
+    if allocation != "balanced" or widths.metric in ("macs", "latency"):
         return kinds
     price = {group.name: max(widths.change(group.name, group.size - 1), 1.0) for group in free}
     found: dict[str, float] = {}
@@ -77,4 +79,11 @@ def keys(
         saved = abs(widths.change(name, lower if widths.kept[name] == kept else kept))
         return (worths[name][kept] - worths[name][lower]) / saved if saved > 0 else math.inf
 
-    return {"balanced": uniform, "uniform": uniform, "relative": relative, "global": per_cost}[allocation]
+    def timed(name: str, kept: int, lower: int) -> float:
+        """What the group keeps of its importance, against the time that the step saves: none saved, no step."""
+        saved = abs(widths.change(name, lower if widths.kept[name] == kept else kept)) / (kept - lower)
+        left = worths[name][kept] / worths[name][-1] if worths[name][-1] > 0 else kept / widths.size[name]
+        return -math.pow(left, 1 / falls[name]) * math.pow(saved * widths.size[name], EAGER)
+
+    balanced = timed if widths.metric == "latency" else uniform
+    return {"balanced": balanced, "uniform": uniform, "relative": relative, "global": per_cost}[allocation]

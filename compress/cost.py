@@ -1,27 +1,29 @@
 """What a network costs, tensor by tensor, and what it would cost at other widths; no forward pass per question.
 
-Every cost here is a sum over tensors of (price of one element) * (number of elements). A width enters the number of
-elements of each tensor that a group's slices name, so the cost at any widths is a polynomial in them, evaluated in
-microseconds. MACs: one multiply-add, per image.
+Every cost here is a sum over tensors. For parameters, MACs and bytes a tensor costs (price of one element) * (number of
+elements): a width enters the number of elements of each tensor that a group's slices name, so that the cost at any
+widths is a polynomial in them, evaluated in microseconds. For latency a tensor costs what was measured of its layer at
+such a shape (prices.py). MACs: one multiply-add, per image.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compress.errors import PruneError
+from compress.errors import PruneError, UsageError
 from compress.example import Example, arguments, shapes
 from compress.groups import Group
 
-Metric = Literal["params", "macs", "size"]
+Metric = Literal["params", "macs", "size", "latency"]
+# what can be counted; `latency` (milliseconds) has to be measured: compress.price
 METRICS: dict[Metric, str] = {
     "params": "learned parameters",
     "macs": "multiply-adds per image",
@@ -29,18 +31,41 @@ METRICS: dict[Metric, str] = {
 }
 
 
+# a weight's name -> its shape -> the milliseconds of its layer
+Times = Mapping[str, Callable[[tuple[int, ...]], float]]
+
+
 @dataclass(frozen=True)
 class Costs:
-    """The shape of every tensor and the price of one of its elements, by metric."""
+    """The shape of every tensor and what it costs by metric: the price of one of its elements, or its layer's time."""
 
     shapes: Mapping[str, tuple[int, ...]]
     prices: Mapping[Metric, Mapping[str, float]]
     fixed: Mapping[Metric, float]  # what belongs to no tensor: products of two activations
     unknown: tuple[str, ...]  # operators with multiply-adds that are not counted
+    times: Times = field(default_factory=dict)  # empty unless layers were measured: compress.price
 
     def total(self, metric: Metric) -> float:
-        """The cost of the network as it stands: a count, MACs per image, or bytes."""
-        return self.fixed[metric] + sum(p * math.prod(self.shapes[n]) for n, p in self.prices[metric].items())
+        """The cost of the network as it stands: a count, MACs per image, bytes, or milliseconds."""
+        return self.fixed.get(metric, 0.0) + sum(
+            self.at(metric, name, self.shapes[name]) for name in self.names(metric)
+        )
+
+    def names(self, metric: Metric) -> Collection[str]:
+        """The tensors that cost something.
+
+        Raises:
+            UsageError: the metric is `latency` and nothing has been measured.
+        """
+        if metric != "latency":
+            return self.prices[metric]
+        if not self.times:
+            raise UsageError("the metric latency needs measured layers; give measure(...) the times of compress.price")
+        return self.times.keys() & self.shapes.keys()
+
+    def at(self, metric: Metric, name: str, shape: tuple[int, ...]) -> float:
+        """What a tensor would cost at another shape."""
+        return self.times[name](shape) if metric == "latency" else self.prices[metric][name] * math.prod(shape)
 
 
 def measure(model: nn.Module, example: Example) -> Costs:
@@ -102,8 +127,8 @@ def _folded(model: nn.Module) -> set[str]:
 def by_layer(costs: Costs, metric: Metric) -> dict[str, float]:
     """The cost of every layer (the owner of the tensors) by its path."""
     layers: dict[str, float] = defaultdict(float)
-    for name, price in costs.prices[metric].items():
-        layers[name.rpartition(".")[0]] += price * math.prod(costs.shapes[name])
+    for name in costs.names(metric):
+        layers[name.rpartition(".")[0]] += costs.at(metric, name, costs.shapes[name])
     return dict(layers)
 
 
@@ -112,16 +137,16 @@ class Widths:
 
     def __init__(self, groups: Sequence[Group], costs: Costs, metric: Metric) -> None:
         dims: dict[str, list[list[tuple[str, int]]]] = {}  # tensor -> axis -> (group, indices per channel)
+        priced = costs.names(metric)
         for group in groups:
             for part in group.slices:
-                if part.name in costs.prices[metric]:
+                if part.name in priced:
                     axes = dims.setdefault(part.name, [[] for _ in costs.shapes[part.name]])
                     axes[part.dim].append((group.name, part.block))
         self.metric = metric
         self.size = {group.name: group.size for group in groups}
         self.kept = dict(self.size)
-        self._shapes = costs.shapes
-        self._prices = costs.prices[metric]
+        self._costs = costs
         self._dims = dims
         self._tensors: dict[str, list[str]] = defaultdict(list)
         for name, axes in dims.items():
@@ -146,10 +171,11 @@ class Widths:
         return {found for name in self._tensors[group] for axis in self._dims[name] for found, _ in axis}
 
     def _cost(self, name: str) -> float:
-        elements = 1
-        for full, axis in zip(self._shapes[name], self._dims[name], strict=True):
-            elements *= full - sum(block * (self.size[group] - self.kept[group]) for group, block in axis)
-        return self._prices[name] * elements
+        shape = tuple(
+            full - sum(block * (self.size[group] - self.kept[group]) for group, block in axis)
+            for full, axis in zip(self._costs.shapes[name], self._dims[name], strict=True)
+        )
+        return self._costs.at(self.metric, name, shape)
 
 
 # --- multiply-adds, operator by operator ----------------------------------------------------------------------------

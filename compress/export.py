@@ -91,6 +91,16 @@ def to_onnx(
         return _prove(network, temporary, example, tolerance, path.name)
 
 
+def draft(model: nn.Module, example: Example, path: Path) -> None:
+    """Export as `to_onnx` does but prove nothing: for how long a network takes, not for what it says.
+
+    Raises:
+        CompressError: no exporter can express the network.
+    """
+    with atomic_path(path) as temporary:
+        _export(_plain(model), _tiled(example, 2), temporary, None)
+
+
 def prove(model: nn.Module, path: Path, inputs: Example, *, tolerance: float = TOLERANCE) -> Proof:
     """Compare an ONNX file with the network at batch 1, 2 and 17, in float32 on the CPU; a Proof, or an error.
 

@@ -15,7 +15,7 @@ from compress import data, ranks, train
 from compress.checkpoint import ModelInfo
 from compress.errors import PruneError
 from compress.groups import Group, trace
-from compress.regularize import SPARSE_TRAINING, Regularizer
+from compress.regularize import SPARSE_TRAINING, Regularizer, numbers
 from compress.regularize.make import make
 from compress.regularize.masks import Masks
 from compress.task import recorded
@@ -116,7 +116,7 @@ def _attach(
             regularizer.attach(model, groups)
         except ValueError as error:
             raise PruneError(f"{name} cannot watch this network: {error}") from error
-    states = [train.numbers(regularizer.state_dict()) for regularizer in regularizers]
+    states = [numbers(regularizer.state_dict()) for regularizer in regularizers]
     return frozenset(
         place
         for place, (name, options) in enumerate(regularize.items())

@@ -98,6 +98,16 @@ def sparsify(graph: Any) -> int:
     return len(made)
 
 
+def densify(graph: Any) -> int:
+    """Turn sparse initialisers back into dense ones, for tools that know no others, in place; how many there were."""
+    import onnx
+
+    made = [onnx.numpy_helper.from_array(values, name) for name, values in _stored_sparse(graph).items()]
+    del graph.sparse_initializer[:]
+    graph.initializer.extend(made)
+    return len(made)
+
+
 def read_weights(path: Path) -> dict[str, NDArray[np.float32]]:
     """Every float weight of two axes or more that a convolution or matrix product reads, by name, dense."""
     import onnx
@@ -142,11 +152,19 @@ def _matrices(graph: Any) -> dict[str, NDArray[np.float32]]:
     import onnx
 
     found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in _weights(graph)}
+    return {name: values for name, values in {**found, **_stored_sparse(graph)}.items() if values.ndim > 1}
+
+
+def _stored_sparse(graph: Any) -> dict[str, NDArray[np.float32]]:
+    """The weights that are stored by their non-zeros, by name, dense."""
+    import onnx
+
+    found = {}
     for stored in graph.sparse_initializer:
         flat = np.zeros(int(np.prod(stored.dims)), np.float32)
         flat[onnx.numpy_helper.to_array(stored.indices)] = onnx.numpy_helper.to_array(stored.values)
         found[stored.values.name] = flat.reshape(stored.dims)
-    return {name: values for name, values in found.items() if values.ndim > 1}
+    return found
 
 
 def _weights(graph: Any) -> list[Any]:

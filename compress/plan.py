@@ -5,19 +5,16 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Literal
 
 from pydantic import BaseModel
 from torch import nn
 
 from compress.allocation import Allocation, Key, keys, powers, worth
-from compress.bench.machine import vector_block
-from compress.cost import Costs, Metric, Widths, measure
+from compress.cost import Costs, Metric, Widths
 from compress.errors import PruneError, TargetError, UsageError
-from compress.example import Example
-from compress.groups import Branch, Group, cut, trace
+from compress.groups import Branch, Group, cut
 from compress.reach import LEAVE_FOR, block_of, check_reach, least_width, leaving, make_reachable, rounded_up, without
-from compress.scores import SCORES, Batches, Scores
+from compress.scores import Scores
 from compress.structure import Stand, remove
 
 NO_LIMITS: Mapping[str, float] = MappingProxyType({})
@@ -134,44 +131,6 @@ def apply(model: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
         raise PruneError(f"the plan takes out {missing!r}, which this network does not have")
     cut(model, groups, plan.kept)
     remove(model, plan.dropped)
-
-
-def shrink(
-    model: nn.Module,
-    example: Example,
-    *,
-    keep: float,
-    metric: Metric = "params",
-    score: str | Scores = "l1",
-    round_to: int | Literal["auto"] = 8,
-    batches: Batches | None = None,
-) -> Plan:
-    """Remove the least important channels of `model`, in place, until `keep` of the metric is left at most.
-
-    Args:
-        example: one input batch (N, C, H, W), or a tuple where the forward pass takes several.
-        keep: share of `metric` that may remain, 0 < keep <= 1.
-        score: a key of SCORES, or the scores themselves, such as a regulariser's: group name -> (size,).
-        round_to: widths become multiples of this; `auto` takes this machine's vector unit and adapts to narrow layers.
-        batches: pairs of images and labels, for the scores in DATA_DRIVEN; a few hundred images do.
-
-    Raises:
-        PruneError, TargetError, UsageError: as `trace` and `select`; the network is untouched then.
-    """
-    if isinstance(score, str) and score not in SCORES:
-        raise UsageError(f"no score is called {score!r}; there are {', '.join(SCORES)}")
-    groups = trace(model, example)
-    plan = select(
-        groups,
-        SCORES[score](model, groups, batches) if isinstance(score, str) else score,
-        measure(model, example),
-        keep=keep,
-        metric=metric,
-        round_to=vector_block() if round_to == "auto" else round_to,
-        adapt=round_to == "auto",
-    )
-    apply(model, groups, plan)
-    return plan
 
 
 def _check(group: Group, scores: Scores) -> None:

@@ -26,7 +26,8 @@ def without(groups: Iterable[Group], costs: Costs, gone: Iterable[str]) -> tuple
         metric: {name: price for name, price in found.items() if not name.startswith(starts)}
         for metric, found in costs.prices.items()
     }
-    return tuple(group for group in left if group.slices), replace(costs, prices=prices)
+    times = {name: time for name, time in costs.times.items() if not name.startswith(starts)}
+    return tuple(group for group in left if group.slices), replace(costs, prices=prices, times=times)
 
 
 def leaving(

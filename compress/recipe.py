@@ -11,8 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from compress.errors import UsageError
 
-Metric = Literal["params", "macs", "size"]
-SECTIONS = {"model", "data", "prune", "train", "bench"}
+Metric = Literal["params", "macs", "size", "latency"]
+SECTIONS = {"model", "data", "prune", "train", "bench", "quantize"}
 
 
 def _on_or_off(value: Any) -> Any:
@@ -60,7 +60,8 @@ class PrunePart(BaseModel):
         "filter", description="filter: channels leave; weight: single weights become 0 in place, the file is sparse"
     )
     keep: float = Field(0.5, gt=0, le=1, description="share of the metric that remains")
-    metric: Metric = Field("params", description="what `keep` is a share of")
+    metric: Metric = Field("params", description="what `keep` is a share of; latency: measured as `bench` says")
+    target_ms: float | None = Field(None, gt=0, description="milliseconds wanted, in place of `keep`; metric latency")
     round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="channel block; auto: the machine's vector unit"
     )
@@ -110,9 +111,19 @@ class BenchPart(BaseModel):
     """What the final latencies are measured with."""
 
     model_config = _FROZEN
-    batch: int = Field(1, ge=1)
+    batch: int = Field(1, ge=1, description="of the latencies that the report leads with")
+    batches: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 8, 32), description="measured too, a few seconds each")
     threads: int = Field(1, ge=1)
-    runtime: Literal["ort-cpu", "ort-cuda"] = Field("ort-cpu")
+    runtime: Literal["ort-cpu", "ort-cuda", "ort-tensorrt", "openvino"] = Field("ort-cpu")
+
+
+class QuantizePart(BaseModel):
+    """A second file of lower precision, made from the pruned one and measured beside it: compress/quantize.py."""
+
+    model_config = _FROZEN
+    to: Literal["none", "int8", "fp16"] = Field("none", description="none: there is no second file")
+    calibration: Literal["minmax", "entropy", "percentile"] = Field("minmax", description="how int8 finds its ranges")
+    images: int = Field(256, ge=1, description="of the train split, for the ranges")
 
 
 class Recipe(BaseModel):
@@ -124,6 +135,7 @@ class Recipe(BaseModel):
     prune: PrunePart = PrunePart()
     train: TrainPart = TrainPart()
     bench: BenchPart = BenchPart()
+    quantize: QuantizePart = QuantizePart()
     task: str = Field("", description="--task; empty: as the checkpoint says, else classification")
     seed: int = Field(0, ge=0, lt=2**31)
     device: str = Field("auto", description="cpu, cuda, cuda:N; auto: cuda where there is one")
@@ -178,8 +190,8 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"the recipe {path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
-        raise UsageError(f"the recipe {path} holds no mapping of sections (model, data, prune, train, bench)")
-    for key in ("model", "data", "prune", "train", "bench"):
+        raise UsageError(f"the recipe {path} holds no mapping of sections (model, data, prune, train, bench, quantize)")
+    for key in ("model", "data", "prune", "train", "bench", "quantize"):
         if key in values and not isinstance(values[key] or {}, dict):
             raise UsageError(f"the recipe {path} has {key}: {values[key]!r}; allowed are indented lines of key: value")
         values[key] = values.get(key) or {}

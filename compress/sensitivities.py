@@ -9,10 +9,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.curves import Curve as Curve
+from compress.curves import Outcome as Outcome
+from compress.curves import Sensitivity as Sensitivity
+from compress.curves import Width as Width
 from compress.errors import PruneError, UsageError
 from compress.groups import Group, cut, trace
 from compress.scores import DATA_DRIVEN, SCORES
@@ -22,39 +26,6 @@ from compress.train import recalibrate
 WIDTHS = (0.25, 0.5, 0.75)  # shares of a group's channels: three points show where a curve bends (ours)
 
 Batches = Iterable[tuple[Tensor, Tensor | None]]  # images (N, C, H, W) and labels (N,), or None for want of labels
-
-
-class Outcome(BaseModel, frozen=True):
-    """How a network answers; top-1 and loss only where there are labels."""
-
-    top1: float | None = None  # percent
-    loss: float | None = None  # mean cross-entropy
-    distortion: float = 0.0  # |outputs - dense outputs| / |dense outputs|, Euclidean, over all images
-
-
-class Width(Outcome, frozen=True):
-    """One group cut to `kept` channels, the nearest to the share `keep`."""
-
-    keep: float
-    kept: int
-
-
-class Curve(BaseModel, frozen=True):
-    """One group at every width, the narrowest first."""
-
-    size: int
-    widths: tuple[Width, ...]
-
-
-class Sensitivity(BaseModel, frozen=True):
-    """Every free group's curve, and the uncut network's outcome with its batch norms measured on the same images."""
-
-    score: str
-    images: int
-    calibration_images: int
-    dense: Outcome
-    groups: dict[str, Curve]
-    frozen: dict[str, str]  # group -> why it cannot be cut
 
 
 def sensitivity(

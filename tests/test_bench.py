@@ -145,7 +145,8 @@ def test_an_inactive_provider_gives_a_reason_and_never_a_number(small: Path) -> 
         pytest.skip("CUDA is active here")
     with pytest.raises(MeasureError, match=r"ort-cuda cannot be measured here: CUDAExecutionProvider .*use ort-cpu"):
         benchmark([small], runtime="ort-cuda")
-    assert benchmark([small], rounds=1, seconds=0).conditions["unavailable"] == {"ort-cuda": reasons["ort-cuda"]}
+    lacking = {name: reason for name, reason in reasons.items() if reason}
+    assert benchmark([small], rounds=1, seconds=0).conditions["unavailable"] == lacking
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ import onnx
 import pytest
 
 from compress.cli.app import COMMANDS
+from tests.browser import visit
 from tests.shell import MODEL, answer, call, copy, refusal
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
@@ -200,7 +201,7 @@ def test_bench_compares_with_the_first(pruned_run: tuple[Path, Any]) -> None:
     assert [found["file"] for found in first["measurements"]] == ["dense.onnx", "model.onnx"]
     assert first["speedups"][0]["against"] == "dense.onnx"
     assert first["measurements"][1]["size_bytes"] == files[1].stat().st_size
-    shown = call("bench", files[0], "--seconds", "0.2").stderr
+    shown = call("bench", files[0], "--batch", "1", "--seconds", "0.2").stderr
     if "ort-cuda" in first["conditions"]["unavailable"]:
         assert "not available here: ort-cuda: " in shown
 
@@ -222,6 +223,21 @@ def test_methods_are_those_of_the_tables() -> None:
     assert document["regularizers"].keys() == REGULARIZERS.keys()
     assert document["scores"].keys() == SCORES.keys()
     assert all(line.endswith(".") for table in document.values() for line in table.values())
+
+
+def test_the_report_of_a_run_in_a_real_browser(pruned_run: tuple[Path, Any]) -> None:
+    path = pruned_run[0] / "report.html"
+    assert path.stat().st_size < 5_000_000
+    with visit(path) as seen:
+        light = seen.figures()
+        names = ["latency-0", "widths", "accuracy", "loss", "lambda"]
+        assert [figure["name"] for figure in light] == names
+        dark, phone = seen.figures(is_dark=True), seen.figures(width=390)
+        for figure in (*light, *dark, *phone):
+            assert figure["isDrawn"] and figure["traces"] >= figure["wanted"] > 0, figure
+        assert {figure["colour"] for figure in light}.isdisjoint(figure["colour"] for figure in dark)
+        assert max(figure["right"] for figure in phone) <= 390 and seen.overhang() <= 0
+        assert seen.complaints == [] and seen.requests == []
 
 
 def test_verify_passes_in_another_place(pruned_run: tuple[Path, Any], tmp_path: Path) -> None:

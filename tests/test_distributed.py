@@ -21,7 +21,10 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 # accelerate's launcher for several processes on a machine; it is the only one of its that needs no MPI on processors
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-PRUNE = ["-m", "compress.cli", "prune", "models/digits_resnet20.pt", "--set", "data.image_size=8", "--device", "cpu"]
+PRUNE = [
+    *("-m", "compress.cli", "prune", "models/digits_resnet20.pt", "--set", "data.image_size=8", "--device", "cpu"),
+    *("--set", "bench.batches=[1]"),
+]
 
 
 def launch(root: Path, launcher: list[str], *arguments: object) -> subprocess.Popen[str]:

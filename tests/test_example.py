@@ -18,7 +18,7 @@ from compress.errors import CompressError, PruneError, UsageError
 from compress.example import arguments, like, tile
 from compress.export import prove, to_onnx
 from compress.groups import cut, trace, zero
-from compress.plan import shrink
+from compress.shrinking import shrink
 from tests.nets import lively
 
 GENERATOR = torch.Generator().manual_seed(0)

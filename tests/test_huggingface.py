@@ -19,7 +19,7 @@ from compress.cli import huggingface, load
 from compress.cli.arch import resolve
 from compress.errors import CompressError, LoadError, UsageError
 from compress.export import to_onnx
-from compress.plan import shrink
+from compress.shrinking import shrink
 from compress.structure import underived
 from tests.shell import answer, refusal
 

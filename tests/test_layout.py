@@ -12,23 +12,25 @@ ROOT = Path(__file__).parent.parent
 
 # module (or package) -> floor; a module imports only from lower floors, or from its own package
 FLOORS = {
-    "models": 0, "errors": 0, "files": 0,
-    "example": 1, "structure": 1, "foreign": 1, "recipe": 1, "task": 1, "data": 1, "bench": 1, "ranks": 1, "plots": 1,
+    "models": 0, "errors": 0, "files": 0, "curves": 0,
+    "example": 1, "structure": 1, "foreign": 1, "recipe": 1, "task": 1, "data": 1, "bench": 1, "ranks": 1,
     "groups": 2,
     "cost": 3, "scores": 3, "regularize": 3, "onnx_file": 3,
-    "allocation": 4, "folding": 4, "reach": 4, "sparse": 4, "train": 4, "export": 4, "checkpoint": 4,
-    "plan": 5, "sensitivities": 5, "fit": 5, "folder": 5, "report": 5, "inputs": 5,
-    "pipeline": 6,
-    "verify": 7, "search": 7,
-    "comparison": 8,
-    "cli": 9,
+    "allocation": 4, "folding": 4, "prices": 4, "reach": 4, "sparse": 4, "train": 4, "export": 4, "checkpoint": 4,
+    "precision": 4,
+    "plan": 5, "sensitivities": 5, "fit": 5, "folder": 5, "report": 5, "inputs": 5, "quantize": 5, "doctor": 5,
+    "aim": 6,
+    "pipeline": 7, "shrinking": 7,
+    "verify": 8, "search": 8,
+    "comparison": 9,
+    "cli": 10,
 }  # fmt: skip
 WALLS = {  # foreign package -> the rooms that may import it
     "typer": {"cli"},
     "click": {"cli"},
     "rich": {"cli"},
-    "onnx": {"export", "onnx_file", "bench", "verify"},
-    "onnxruntime": {"export", "bench"},
+    "onnx": {"export", "onnx_file", "bench", "verify", "precision", "doctor"},
+    "onnxruntime": {"export", "bench", "precision", "doctor"},
     "torch_pruning": {"groups", "scores"},
 }
 

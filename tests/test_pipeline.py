@@ -30,6 +30,8 @@ ARGUMENTS = [
     "data.image_size=8",
     "--set",
     "prune.rounds=2",
+    "--set",
+    "bench.batches=[1]",
     "-q",
 ]
 # The moments of the kills: each file appears in another stage, while the next piece of work is under way.
@@ -146,6 +148,7 @@ def test_a_network_of_ones_own_is_pruned_by_file_size_and_resumed_from_elsewhere
     given = ["--method", "ffr", "--metric", "size", "--target", "0.6", "--round-to", "1", "--data", "digits"]
     given += ["--epochs", "2", "--arch-arg", "width=48"]
     more = ["--arch", f"{tmp_path / 'mine.py'}:net", "--set", "data.image_size=8", "--out", out]
+    more += ["--set", "bench.batches=[1]"]
     more += ["--set", "prune.options={ffr: {k1: 0.5, align: pad}}"]
     first = call("prune", tmp_path / "mine.pt", *given, *more)
     assert 0.55 < first["kept"]["size"] <= 0.6
@@ -160,6 +163,7 @@ def test_a_network_of_ones_own_is_pruned_by_file_size_and_resumed_from_elsewhere
 
 def test_the_control_has_the_pruned_shapes_and_fresh_weights(root: Path, tmp_path: Path) -> None:
     given = ["--target", "0.5", "--epochs", "1", "--set", "data.image_size=8", "--out", str(tmp_path / "run"), "-q"]
+    given += ["--set", "bench.batches=[1]"]
     finish(start(root, "prune", "models/digits_resnet20.pt", *given, "--set", "prune.redraw=true"))
     state = tmp_path / "run" / "state"
     kept = json.loads((state / "round-1.json").read_text())["plan"]["kept"]
@@ -172,7 +176,7 @@ def test_the_control_has_the_pruned_shapes_and_fresh_weights(root: Path, tmp_pat
 def test_trackers_get_every_epoch(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     given = ["--method", "l2", "--target", "0.5", "--epochs", "1", "--set", "data.image_size=8", "-q"]
-    given += ["--set", "train.trackers=[tensorboard]", "--out", str(tmp_path / "run")]
+    given += ["--set", "train.trackers=[tensorboard]", "--set", "bench.batches=[1]", "--out", str(tmp_path / "run")]
     finish(start(root, "prune", "models/digits_resnet20.pt", *given))
     assert list((tmp_path / "run" / "trackers").rglob("events.out.tfevents.*"))
 

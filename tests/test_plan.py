@@ -16,8 +16,9 @@ from compress.cost import METRICS, Costs, measure
 from compress.errors import PruneError, TargetError, UsageError
 from compress.groups import Group, trace
 from compress.models import ARCHS
-from compress.plan import Plan, apply, select, shrink
+from compress.plan import Plan, apply, select
 from compress.scores import SCORES
+from compress.shrinking import shrink
 from tests.nets import NETS, lively
 
 X = torch.randn(1, 3, 32, 32)

@@ -131,6 +131,20 @@ def test_the_head_of_a_feature_has_the_slice_s_gradient_in_the_feature_s_format(
     assert torch.equal(first, 2 * x[:2]) and head(hidden, None) is hidden
 
 
+@pytest.mark.parametrize("granularity", ["filter", "weight"])
+def test_halo_tells_its_mean_lambda(granularity: str) -> None:
+    model, groups = setting("residual")
+    halo = Halo(xi=1e-3, granularity=granularity)
+    halo.attach(model, groups)
+    sizes = {
+        "filter": {g.name: [math.sqrt(len(w)) * w.norm() for w in channels(model, g)] for g in groups if not g.frozen},
+        "weight": {n: p.abs().flatten() for n, p in model.named_parameters() if p.dim() == 4 or n == "0.bias"},
+    }[granularity]
+    wanted = {name: [(2e-3 * float(u.detach()) / 1e-4) ** 0.25 for u in found] for name, found in sizes.items()}
+    wanted = {name: sum(found) / len(found) for name, found in wanted.items()}
+    assert halo.lambdas() == pytest.approx(wanted, rel=1e-6)  # told in float32
+
+
 def test_halo_sgd_settles_at_the_closed_form_and_without_decay_nowhere() -> None:
     model, groups = setting("residual")
     xi, decay = 1e-2, 1e-2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import hashlib
 import json
 import math
 import re
@@ -9,15 +12,31 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects
 import pytest
 import yaml
+from huggingface_hub import ModelCard
+from plotly.offline import get_plotlyjs
 
 from compress import report
-from compress.report import charts, pages, words
+from compress.report import figures, over_time, pages, words
+from compress.report.curves import sensitivity_page
+from tests.browser import visit
 
 EVIL = "<script>alert('label')</script>"
 SPEEDUPS = {"faster": (2.0, 1.9, 2.1), "slower": (0.8, 0.75, 0.85), "not distinguishable": (1.0, 0.97, 1.03)}
 Facts = dict[str, Any]
+SENSITIVITY: Facts = {
+    "score": "l2", "images": 8, "calibration_images": 8, "dense": {"top1": 82.0, "loss": 0.5, "distortion": 0.0},
+    "groups": {
+        "conv1": {"size": 8, "widths": [{"keep": 0.5, "kept": 4, "top1": 60.0, "loss": 1.5, "distortion": 0.5}]},
+        EVIL: {"size": 4, "widths": [
+            {"keep": 0.25, "kept": 1, "top1": 80.0, "loss": 0.7, "distortion": 0.2},
+            {"keep": 0.5, "kept": 2, "top1": 81.0, "loss": 0.6, "distortion": 0.1},
+        ]},
+    },
+    "frozen": {"head": "its channels reach the output"},
+}  # fmt: skip
 
 
 def latency(file: str, p50: float) -> Facts:
@@ -53,6 +72,7 @@ def make_facts(verdict: str = "faster") -> Facts:
     proof |= {"top1_agreement": 100.0, "top1_torch": None, "exporter": "dynamo", "flushed": 0, "opset": 20}
     sparse, recover = epochs("round-1", [0.5, math.inf], 90.0), epochs("recover", [0.9, 0.4, 0.3], 80.0)
     cut = {"regularizers": [{"xi": 1e-9}], "val_top1": {"trained": 91.0, "cut": 40.0}}
+    cut |= {"lambda_log": [(1, {"conv1": 0.5, EVIL: 0.25}), (9, {"conv1": 0.4, EVIL: 0.0})]}
     model = {
         "path": "/home/someone/nets/my net.pt",
         "arch": "/home/someone/code/net.py:small",
@@ -61,6 +81,7 @@ def make_facts(verdict: str = "faster") -> Facts:
     prune = {"method": "halo", "keep": 0.25, "metric": "params", "round_to": "auto"}
     return {
         "recipe": {"model": model, "data": {"source": "/home/someone/images"}, "prune": prune, "seed": 3},
+        "keep": 0.25,
         "env": {"vector_unit": "avx2", "source_sha256": "cd" * 32, "seed": 3},
         "stages": {
             "prepare": {
@@ -144,6 +165,14 @@ def test_the_verdict_speaks_of_the_metric_asked_for(run: Path) -> None:
     assert words.verdict(found).startswith("5,000 of 20,000 MACs remain (25.0 %)")
 
 
+def test_a_latency_asked_for_stands_beside_what_came_of_it(run: Path) -> None:
+    found = report.build(run, make_facts()) | {"metric": "latency", "target": 0.45}
+    found["recipe"]["prune"]["target_ms"] = 0.9
+    said = "Asked to keep 45 % of the latency (0.9 ms); 50.0 % is left."
+    assert said in pages.html(found) and said[:-1].replace("A", "a", 1) in pages.card(found)
+    assert words.verdict(found).startswith("240 of 1,000 parameters remain")
+
+
 def test_what_the_figures_do_not_say_is_said(run: Path) -> None:
     facts = make_facts("not distinguishable")
     facts["stages"]["export"]["split"] = "val"
@@ -180,27 +209,55 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
+def scripts(text: str) -> dict[str, str]:
+    """The page's scripts by their ids; the one that runs has none."""
+    return dict(re.findall(r"""<script(?: type="[a-z/]+" id="([a-z]+)")?>(.*?)</script>""", text, re.DOTALL))
+
+
+def sha256(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
 def test_the_page_is_one_file_that_loads_nothing(run: Path) -> None:
     text = pages.html(report.build(run, make_facts()))
-    page = Page(text)
-    assert len(text.encode()) < 1_000_000
-    assert not {"script", "link", "img", "iframe", "object", "base"} & set(page.tags)
+    page, found = Page(text), scripts(text)
+    assert len(text.encode()) < 2_500_000
+    assert not {"link", "img", "iframe", "object", "base"} & set(page.tags)
     assert not {"src", "href", "action", "srcset"} & {name for name, _ in page.attributes}
-    assert not re.search(r"https?:|//[a-z]|url\(|@import", text)
-    assert ("http-equiv", "Content-Security-Policy") in page.attributes
-    assert page.tags.count("svg") == 5  # two latencies, accuracy, loss, penalty
+    assert not re.search(r"https?:|//[a-z]|url\(|@import", text.replace(found["plotly"], ""))
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+    code = gzip.decompress(base64.b64decode(found["plotly"])).decode()
+    assert code == get_plotlyjs()
+    assert page.tags.count("script") == text.count("<script") == len(found) == 3
+    policy = next(value for name, value in page.attributes if value.startswith("default-src"))
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src {sha256(code)} {sha256(found[''])}"
+    drawn = [value for name, value in page.attributes if name == "data-figure"]
+    assert drawn == [*json.loads(found["figures"])]
+    assert drawn == ["latency-0", "widths", "accuracy", "loss", "penalty", "lambda"]
+
+
+def test_plotly_knows_every_figure(run: Path) -> None:
+    facts = make_facts()
+    facts["sensitivity"] = SENSITIVITY
+    specs = json.loads(scripts(pages.html(report.build(run, facts)))["figures"])
+    assert {"sensitivity-top1", "sensitivity-loss", "sensitivity-distortion"} <= specs.keys()
+    for name, spec in specs.items():
+        painted = json.loads(re.sub(r"shade\([0-9.]+\)", "#123456", json.dumps(spec)))
+        assert plotly.graph_objects.Figure(painted).data, name  # raises where plotly has no such attribute
 
 
 def test_what_users_named_is_shown_and_never_markup(run: Path) -> None:
     found = report.build(run, make_facts())
     text, card = pages.html(found), pages.card(found)
     shown = "".join(Page(text).words)
-    assert "<script" not in text and f"reaches the output {EVIL}" in shown and f"note {EVIL}" in shown
+    assert "<script>alert" not in text and EVIL in found["lambda_log"][0]["groups"]
+    assert "&lt;script&gt;alert" in json.loads(scripts(text)["figures"])["lambda"]["data"][1]["name"]
+    assert f"reaches the output {EVIL}" in shown and f"note {EVIL}" in shown
     assert "<script" not in card.split("---\n", 2)[2] and "&lt;script>" in card
     assert "/home/someone" not in text + card
-    command = "compress prune 'my net.pt' --arch net.py:small --arch-arg width=8 --recipe recipe.yaml"
-    assert command in shown and command in card
+    for command in ("compress prune 'my net.pt' --arch net.py:small --arch-arg width=8 --recipe recipe.yaml",
+                    "compress bench dense.onnx model.onnx --runtime ort-cpu --batch 1 --threads 1"):  # fmt: skip
+        assert command in shown and command in card
 
 
 def test_the_card_is_a_model_card(run: Path) -> None:
@@ -210,17 +267,12 @@ def test_the_card_is_a_model_card(run: Path) -> None:
     assert values["library_name"] == "onnx" and values["pipeline_tag"] == "image-classification"
     assert values["tags"] == ["onnx", "pruning", "structured-pruning", "compress-to-onnx", "halo"]
     assert "license" not in values and "datasets" not in values
-    pruned, dense = values["model-index"]
-    assert (pruned["name"], dense["name"]) == ("small-halo", "small-dense")
+    (pruned,) = values["model-index"]  # the Hub takes all results in it for the model's own
+    assert pruned["name"] == "small-halo"
     result = pruned["results"][0]
     assert result["dataset"]["split"] == "test" and result["metrics"][0]["value"] == 92.5
-    assert {metric["type"] for metric in result["metrics"]} == {
-        "accuracy",
-        "parameters",
-        "macs",
-        "file_size",
-        "latency",
-    }
+    kinds = [metric["type"] for metric in result["metrics"]]
+    assert kinds == ["accuracy", "parameters", "macs", "file_size", "latency"]
     assert "| parameters | 1,000 | 240 | 24.0 % remain |" in body
     assert "| latency p50 (ms) | 2.00 | 1.00 | 2.00x faster (1.90 to 2.10) |" in body
     code = re.search(r"```python\n(.*?)```", body, re.DOTALL)
@@ -228,12 +280,34 @@ def test_the_card_is_a_model_card(run: Path) -> None:
     compile(code[1], "README.md", "exec")
 
 
+def test_the_hub_reads_the_card(run: Path) -> None:
+    facts = make_facts()
+    facts["recipe"]["model"] |= {"path": "hf:someone/resnet", "arch": None}
+    facts["recipe"]["data"] = {"source": "hf:beans"}
+    facts["stages"]["measure"]["further"] = [at_batch(8)]
+    data = ModelCard(pages.card(report.build(run, facts))).data
+    assert (data.library_name, data.pipeline_tag, data.metrics) == ("onnx", "image-classification", ["accuracy"])
+    assert (data.base_model, data.datasets, data.model_name) == ("someone/resnet", ["beans"], "small-halo")
+    found = {result.metric_name: result.metric_value for result in data.eval_results}
+    row = "| ONNX Runtime CPU, batch 8, 1 thread | 8.00 | 8.00 | speed not distinguishable (0.97x to 1.03x) |"
+    assert row in pages.card(report.build(run, facts))
+    assert found["Top-1 accuracy (percent)"] == 92.5 and found["Parameters"] == 240
+    assert found["Median latency (ms), ONNX Runtime CPU, batch 8, 1 thread"] == 8.0
+    assert {(result.task_type, result.dataset_split) for result in data.eval_results} == {
+        ("image-classification", "test")
+    }
+
+
 def test_write_leaves_three_whole_files(run: Path) -> None:
     found = report.build(run, make_facts())
     report.write(run, found)
     assert sorted(path.name for path in run.iterdir()) == ["README.md", "report.html", "report.json"]
     assert json.loads((run / "report.json").read_text()) == found
-    report.write(run, json.loads((run / "report.json").read_text()))  # the pages can be made again from it
+    older = {key: value for key, value in found.items() if key not in ("lambda_log", "sensitivity", "further")}
+    report.write(
+        run, {**older, "lambda_log": found["lambda_log"]}
+    )  # the pages can be made again, from an older one too
+    assert json.loads((run / "report.json").read_text()) == found
 
 
 def test_write_refuses_another_document_before_it_writes(run: Path) -> None:
@@ -250,20 +324,75 @@ def test_a_run_without_training_or_normalisation_has_its_pages(tmp_path: Path) -
     facts["stages"]["sparse"]["rounds"][0]["regularizers"] = []
     facts["info"] = {"arch": "small"}
     found = report.build(tmp_path, facts)
-    assert charts.training(found) == ()
-    assert Page(pages.html(found)).tags.count("svg") == 2
+    assert over_time.training(found) == ()
+    assert [*json.loads(scripts(pages.html(found))["figures"])] == ["latency-0", "widths", "lambda"]
     assert "in the file's metadata" in pages.card(found)
 
 
 def test_lines_break_between_phases_and_at_missing_values(run: Path) -> None:
-    accuracy, loss, penalty = charts.training(report.build(run, make_facts()))
-    assert [len(points) for points in accuracy.lines[0].runs] == [2, 3]
-    assert [len(points) for points in loss.lines[0].runs] == [1, 3]
-    assert [band.name for band in accuracy.bands] == ["round 1", "recover"]
-    assert accuracy.cuts[0].x == 40.0 and accuracy.cuts[0].text == "after a cut: 40.00 %"
-    assert sum(len(points) for points in penalty.lines[0].runs) == 2
-    everything = [p for chart in (accuracy, loss, penalty) for line in chart.lines for part in line.runs for p in part]
-    assert all(0 <= point.x <= 100 and 0 <= point.y <= 100 for point in everything)
+    accuracy, loss, penalty = over_time.training(report.build(run, make_facts()))
+    line, cut = accuracy.spec["data"]
+    assert line["x"] == [1, 2, None, 3, 4, 5] and line["y"] == [90, 91, None, 80, 81, 82]
+    assert loss.spec["data"][0]["y"] == [0.5, None, None, 0.9, 0.4, 0.3]  # the second was infinite
+    assert line["text"][3] == "recover, epoch 1: validation 80.0"
+    assert (cut["x"], cut["y"], cut["text"]) == ([2.5], [40.0], ["right after a cut: 40.00 %"])
+    assert [name["text"] for name in accuracy.spec["layout"]["annotations"]] == ["round 1", "recover"]
+    band, level = accuracy.spec["layout"]["shapes"]
+    assert (band["x0"], band["x1"], level["y0"]) == (2.5, 5.5, 92.0)
+    assert penalty.spec["data"][0]["x"] == [1, 2]
+
+
+def test_what_moves_is_drawn_over_the_steps_of_all_rounds(run: Path) -> None:
+    facts = make_facts()
+    first = facts["stages"]["sparse"]["rounds"][0]
+    logs = {"lambda_log": [(2, {"conv1": 0.1, EVIL: 0.2})], "density_log": [(0, {"conv1": 0.5})]}
+    facts["stages"]["sparse"]["rounds"].append({**first, **logs})
+    found = report.build(run, facts)
+    (drawn,) = over_time.over_steps(found)  # a single density is no line
+    conv, evil = drawn.spec["data"]
+    assert conv["x"] == evil["x"] == [1, 9, None, 11]
+    assert conv["y"] == [0.5, 0.4, None, 0.1] and evil["y"] == [0.25, None, None, 0.2]  # no 0 on a logarithmic axis
+    assert conv["line"]["color"] == "shade(0.000)" and evil["line"]["color"] == "shade(1.000)"
+    assert '<th scope="row">2, 2</th><td>0.100</td>' in pages.html(found)
+
+
+def test_a_long_log_is_thinned_on_the_page_alone(run: Path) -> None:
+    facts = make_facts()
+    log = [(step, {"conv1": 0.1 + step / 1e4}) for step in range(500)]
+    facts["stages"]["sparse"]["rounds"][0] |= {"density_log": log}
+    found = report.build(run, facts)
+    assert len(found["density_log"]) == 500
+    density, _ = over_time.over_steps(found)
+    steps = density.spec["data"][0]["x"]
+    assert len(steps) == len({*steps}) == 120 and (steps[0], steps[-1]) == (0, 499)
+    assert "Density at 120 of 500 steps (report.json has all), as a table" in pages.html(found)
+    assert over_time.thinned(found["lambda_log"]) == found["lambda_log"]
+
+
+def at_batch(batch: int) -> Facts:
+    """The same two files at another batch."""
+    found = measured("not distinguishable")
+    for one in found["measurements"]:
+        one["latency"] |= {"batch": batch} | {key: one["latency"][key] * 4 for key in ("p50", "p90", "p99")}
+        one["latency"]["samples"] = [value * 4 for value in one["latency"]["samples"]]
+    return found
+
+
+def test_every_measurement_has_its_plot_and_its_rows(run: Path) -> None:
+    facts = make_facts()
+    facts["stages"]["measure"]["further"] = [at_batch(8)]
+    found = report.build(run, facts)
+    one, eight = figures.latency(words.comparisons(found))
+    assert (one.title, one.unit) == ("ONNX Runtime CPU, batch 1, 1 thread", "2.00x faster (1.90 to 2.10)")
+    assert (eight.title, eight.unit) == (
+        "ONNX Runtime CPU, batch 8, 1 thread",
+        "speed not distinguishable (0.97x to 1.03x)",
+    )
+    box, strokes, *_ = eight.spec["data"]
+    assert box["x"] == pytest.approx([7.92, 8.0, 8.08]) and set(box["y"]) == {"dense"}
+    assert strokes["x"] == pytest.approx([9.6, 12.0]) and strokes["text"][1] == "p99 of single inferences: 12.0 ms"
+    text = pages.html(found)
+    assert 'colspan="10">ONNX Runtime CPU, batch 8, 1 thread</th>' in text and "7.92, 8.00, 8.08" in text
 
 
 @pytest.mark.parametrize(
@@ -288,8 +417,49 @@ def test_differences_are_those_of_the_figures_shown() -> None:
     assert words.scaled(1_098_514, 62_144, ("bytes", "kB", "MB")) == ("kB", ("1,100", "62.1"))
 
 
-def test_ticks_are_round_and_few() -> None:
-    assert charts.ticks(0, 1, 5) == [0, 0.2, 0.4, 0.6, 0.8, 1]
-    assert charts.ticks(3.2, 97, 5) == [20, 40, 60, 80]
-    assert charts.log_ticks(3e-4, 150) == [1e-3, 1e-2, 0.1, 1, 10, 100]
-    assert charts.log_ticks(2.0, 2.5) == [2.0, 2.2, 2.4]
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [([3e-4, None, 0.0, 150], ["0.001", "0.01", "0.1", "1", "10", "100"]), ([0.2, 0.9], ["0.2", "0.5"]),
+     ([1e-12, 1.0], ["1e-12", "1e-10", "1e-08", "1e-06", "0.0001", "0.01", "1"]),
+     ([0.035, 0.3], ["0.05", "0.1", "0.2"]), ([2.0, 5.0], ["2", "3", "4", "5"])],
+)  # fmt: skip
+def test_logarithmic_axes_have_few_round_ticks(values: list[float | None], ticks: list[str]) -> None:
+    axis = figures.log_axis(values)
+    assert axis["ticktext"] == ticks
+    low, high = axis["range"]
+    drawn = [math.log10(value) for value in values if value]
+    assert low < min(drawn) and max(drawn) < high
+
+
+def test_without_values_and_between_round_ones_an_axis_still_stands() -> None:
+    assert figures.log_axis([])["range"] == [-0.04, 0.04]
+    assert figures.log_axis([1.21, 1.22])["nticks"] == 4
+
+
+# --- in a real browser ------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_plot_is_drawn_and_names_stay_text(run: Path) -> None:
+    facts = make_facts()
+    facts["stages"]["measure"]["further"] = [at_batch(8), at_batch(32)]
+    facts["widths"][f"<b>{EVIL}"] = 3
+    facts["stages"]["prepare"]["widths"][f"<b>{EVIL}"] = 5
+    facts["sensitivity"] = SENSITIVITY
+    (run / "report.html").write_text(pages.html(report.build(run, facts)))
+    with visit(run / "report.html") as seen:
+        figures = seen.figures(width=390)
+        assert len(figures) == 11 and all(figure["traces"] >= figure["wanted"] for figure in figures)
+        assert "</script>" in seen.page.locator("[data-figure=widths]").inner_text()  # the name's end
+        assert seen.overhang() <= 0 and seen.complaints == [] and seen.requests == []
+
+
+def test_in_an_old_browser_and_without_script_the_figures_are_still_there(run: Path) -> None:
+    document = SENSITIVITY | {"arch": "x", "data": "/home/someone/<d>", "remark": ""}
+    (run / "s.html").write_text(sensitivity_page(document))
+    with visit(run / "s.html", script="delete window.DecompressionStream") as seen:
+        said = seen.page.locator("[data-figure]").first.inner_text()
+        assert "too old" in said and "in the tables" in said and seen.complaints == []
+        assert seen.page.locator("tbody tr").count() == 4
+    page = Page((run / "s.html").read_text())
+    assert "/home/someone" not in "".join(page.words)
+    assert "Drawn by a script of this page; the figures are in a table below." in page.words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from compress.search.proposals import best, edge, propose
 from compress.search.record import Journal
 from compress.search.settings import Outcome, fits
 from compress.search.space import Space
-from tests.shell import answer, call, refusal
+from tests.shell import answer, refusal
 
 KEEP = Space(keep=(0.01, 0.95))
 LIMITS = Space(
@@ -222,7 +223,7 @@ class TestSearch:
             assert (place / "metrics.jsonl").is_file()
             assert (place / "pruned.safetensors").is_file() == (trial["number"] == winner["number"])
         text = (folder / "search.html").read_text()
-        assert text.count('class="plotly-graph-div"') == 1 and "<script src" not in text
+        assert text.count("data-figure=") == 1 and "://" not in re.sub(r"(?s)<script.*?</script>", "", text)
 
         from compress.verify import verify
 
@@ -318,13 +319,11 @@ class TestCommandLine:
         assert more["kept"]["params"] < first["kept"]["params"]
         code, text = refusal("prune", *given, "--max-drop", "2", "--out", tmp_path / "run", "--resume", "-q")
         assert code == 2 and "was begun with --max-drop 90.0, not 2.0" in text
-        result = call("verify", tmp_path / "run", "--arch", files[2], "--data", "digits")
-        assert result.exit_code == 0, result.stderr
 
     @pytest.mark.parametrize(
         ("options", "text"),
         [
-            (["--max-drop", "1", "--target", "0.5"], "--target 0.5 and --max-drop exclude each other"),
+            (["--max-drop", "1", "--target", "0.5"], "--target and --max-drop exclude each other"),
             (["--trials", "3"], "--trials and --against belong to --max-drop"),
             (["--max-drop", "-1"], "--max-drop -1.0: input should be greater than or equal to 0"),
             (["--max-drop", "1", "--against", "best"], "--against best: input should be 'given' or 'tuned'"),

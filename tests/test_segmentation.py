@@ -103,7 +103,8 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, A
     assert first.exit_code == 0, first.stderr
     report = answer(
         "prune", place / "net.safetensors", "--arch", f"{folder / 'net.py'}:net", "--data", folder, "--target", 0.6,
-        "--epochs", 3, "--round-to", 1, "--set", "train.batch_size=8", "--device", "cpu", "--out", place / "out",
+        "--epochs", 3, "--round-to", 1, "--set", "train.batch_size=8", "--set", "bench.batches=[1]", "--device", "cpu",
+        "--out", place / "out",
     )  # fmt: skip
     return place / "net.safetensors", json.loads(first.stdout), report
 

@@ -22,7 +22,7 @@ from compress.errors import PruneError, TargetError, UsageError
 from compress.folder import RunFolder
 from compress.groups import trace, zero
 from compress.pipeline import Event, run
-from compress.pipeline.rounds import select_as
+from compress.pipeline.widths import select_as
 from compress.plan import select
 from compress.recipe import make
 from compress.report.curves import curves, sensitivity_page
@@ -190,13 +190,14 @@ def test_the_page_holds_every_figure_and_needs_no_network() -> None:
     page = sensitivity_page({**found, "remark": ""})
     assert "a&lt;b&gt;" in page and "<d>" not in page and "http" not in page.replace("http-equiv", "")
     assert "82.0" in page and "default-src &#39;none&#39;" in page.replace("'", "&#39;")
-    chart = curves(found, "top1")
-    assert [line.name for line in chart.lines] == ["", "a<b>"]  # the worst one is drawn last, with its name
-    assert [point.x for point in chart.lines[1].runs[0]] == [25, 50, 75, 100]
+    top1 = curves(found)[0]
+    assert top1.name == "sensitivity-top1" and top1.keys[0] == ("cut", "a<b>")
+    other, worst = top1.spec["data"]  # the worst one is drawn last, on top, in a colour of its own
+    assert worst["name"] == "a&lt;b&gt;" and worst["line"]["color"] == "var(--cut)" != other["line"]["color"]
+    assert worst["x"] == [0.25, 0.5, 0.75, 1.0] and worst["text"][0].startswith("a&lt;b&gt;, ")
+    assert worst["y"] == sorted(worst["y"]) and worst["y"][-1] == top1.spec["layout"]["shapes"][0]["y0"]
     alone = {**found, "groups": {**found["groups"], "one": {"size": 1, "widths": []}}}
-    assert curves(alone, "top1") == chart and "one" in sensitivity_page({**alone, "remark": ""})
-    heights = [point.y for point in chart.lines[1].runs[0]]
-    assert heights == sorted(heights, reverse=True) and heights[-1] == chart.level.at
+    assert curves(alone)[0] == top1 and "one" in sensitivity_page({**alone, "remark": ""})
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

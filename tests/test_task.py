@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from compress.errors import UsageError
-from compress.plan import shrink
+from compress.shrinking import shrink
 from compress.task import IGNORED, TASKS, Classification, Segmentation, Task, check
 from compress.train import Feed, Settings, accelerator, evaluate, finetune, recalibrate
 from tests.test_example import Parts, Two

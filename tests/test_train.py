@@ -115,6 +115,9 @@ def test_a_resumed_phase_equals_an_unbroken_one(batches, device, tmp_path, name:
         {k: v for k, v in e.items() if k != "seconds"} for e in expected.history
     ]
     assert found.strengths == expected.strengths and found.best_epoch == expected.best_epoch
+    assert found.lambda_log == expected.lambda_log
+    assert bool(found.lambda_log) is (name in ("halo", "growing-reg"))  # whose lambda moves
+    assert [step for step, _ in found.lambda_log] in ([], [*range(1, 3 * len(batches[0]) + 1)])
 
 
 def test_the_strength_is_the_named_share_of_the_task_loss(batches, device) -> None:

@@ -1,16 +1,20 @@
-"""A fresh process that loads one ONNX file and runs it once: a script that fresh.py starts, importing nothing of ours.
+"""A fresh process that loads one file and runs it once: fresh.py starts it, and it imports little of ours.
 
-Writes one JSON object to standard output: provider, load_ms, first_ms, peak_memory_bytes.
+Writes one JSON object to standard output: load_ms, first_ms, peak_memory_bytes.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from compress.bench.protocol import Network, Runtime
+from compress.bench.runtimes import RUNTIMES
 
 
 def draw(signature: Sequence[Sequence[Any]], seed: int) -> dict[str, Any]:
@@ -40,24 +44,23 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
-def measure(file: str, provider: str, threads: int, signature: Sequence[Sequence[Any]], seed: int) -> dict[str, Any]:
-    """Load and run once, with the options of session.py; the peak counts from after the imports."""
-    import onnxruntime
-
+def measure(runtime: Runtime, file: str, threads: int, signature: Sequence[Sequence[Any]], seed: int) -> dict[str, Any]:
+    """Load and run once, opened as it is for measuring; the peak counts from after the imports."""
+    adapter = RUNTIMES[runtime]
+    importlib.import_module(adapter.imports)
     feeds = draw(signature, seed)
     before = peak_bytes()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    providers = list(dict.fromkeys([provider, "CPUExecutionProvider"]))
     start = time.perf_counter()
-    session = onnxruntime.InferenceSession(file, options, providers=providers)
+    if adapter.takes is Network:
+        from compress.bench.torch_network import saved
+
+        session = adapter.open(saved(Path(file), signature[0][1][1:]), threads=threads)
+    else:
+        session = adapter.open(Path(file), threads=threads)
     loaded = time.perf_counter()
-    session.run(None, feeds)
+    session.run(feeds)
     done = time.perf_counter()
     return {
-        "provider": session.get_providers()[0],
         "load_ms": (loaded - start) * 1e3,
         "first_ms": (done - loaded) * 1e3,
         "peak_memory_bytes": peak_bytes() - before,

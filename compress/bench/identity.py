@@ -8,6 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.bench.protocol import Network, Source
+
+
+def file_of(source: Source) -> Path:
+    """The file that a source is: an ONNX file itself, a network's weights."""
+    return source.path if isinstance(source, Network) else source
+
 
 def names(files: Sequence[Path]) -> list[str]:
     """Each path's last parts, as many as tell the files apart: a report holds no path of the machine."""

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "numpy", "torch-pruning", "accelerate")
+PACKAGES = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino", "numpy",
+            "torch-pruning", "accelerate")  # fmt: skip
 BLOCKS = {"avx512": 16, "avx2": 8, "neon": 8, "unknown": 8}  # channels per block of the runtime's convolutions
 
 
@@ -33,6 +34,11 @@ def vector_block() -> int:
     layer, and an unaligned width can cost more time than the removed channels save.
     """
     return BLOCKS[vector_unit()]
+
+
+def has_int8_products() -> bool:
+    """Whether the processor adds products of bytes up in 32 bits (VNNI on x86); False where that is not known."""
+    return not {"avx512_vnni", "avx_vnni"}.isdisjoint(_cpuinfo("flags").split())
 
 
 def describe() -> dict[str, Any]:

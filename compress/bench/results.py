@@ -7,13 +7,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-Runtime = Literal["ort-cpu", "ort-cuda"]
+from compress.bench.protocol import Runtime as Runtime
+
 Verdict = Literal["faster", "slower", "not distinguishable"]
 
 
 class Latency(BaseModel, frozen=True, extra="forbid"):
-    """Milliseconds per inference of one batch, from host memory to host memory.
+    """Milliseconds per inference of one batch, the inputs being where the runtime computes.
 
+    On a GPU that is its own memory: no copy to or from the host is counted, and an inference ends when the GPU is done.
     p50, p90, p99 and mean are over the `n` single inferences timed after `warmup` untimed ones. `samples` holds one
     value per round; the same round of two files of one Comparison was measured within moments.
     """

@@ -1,26 +1,57 @@
-"""ONNX Runtime sessions: opened the same way everywhere, and only on a provider that is really active."""
+"""ONNX Runtime: sessions opened the same way everywhere, and only on a provider that takes the whole graph."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from compress.bench.results import Runtime
+from compress.bench.protocol import Feeds, Input, Runtime, sized
+from compress.bench.protocol import one_line as one_line
 from compress.errors import LoadError, MeasureError
 
-PROVIDERS: dict[Runtime, str] = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
+PROVIDERS: dict[Runtime, str] = {
+    "ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider",
+}  # fmt: skip
 DTYPES = {
     "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64", "tensor(int64)": "int64",
     "tensor(int32)": "int32", "tensor(int8)": "int8", "tensor(uint8)": "uint8", "tensor(bool)": "bool",
 }  # fmt: skip
 
-Input = tuple[str, tuple[int, ...], str]  # name, shape, numpy dtype
+
+@dataclass(frozen=True)
+class OrtSession:
+    """`onnx_session` as a runtime of ours; `device` is where inputs and outputs lie while it is timed."""
+
+    onnx_session: Any
+    device: str | None  # None: host memory, without binding
+
+    def signature(self, *, batch: int, shape: Sequence[int] | None = None) -> tuple[Input, ...]:
+        return input_signature(self.onnx_session, batch=batch, shape=shape)
+
+    def run(self, feeds: Feeds) -> list[Any]:
+        return list(self.onnx_session.run(None, dict(feeds)))
+
+    def timed(self, feeds: Feeds) -> Callable[[], float]:
+        """On a GPU by I/O binding: inputs are copied there once, outputs stay there."""
+        run = self.onnx_session.run if self.device is None else _bound(self.onnx_session, feeds, self.device)
+        given = (None, dict(feeds)) if self.device is None else ()
+
+        def once() -> float:
+            begin = time.perf_counter()
+            run(*given)
+            return (time.perf_counter() - begin) * 1e3
+
+        return once
 
 
-def available() -> dict[str, str | None]:
-    """Each runtime with None if it is active on this machine, else the reason why not."""
-    return {runtime: _inactive(runtime) for runtime in PROVIDERS}
+def open_ort(path: Path, *, threads: int, runtime: Runtime) -> OrtSession:
+    """As open_session, for measuring."""
+    return OrtSession(open_session(path, threads=threads, runtime=runtime), None if runtime == "ort-cpu" else "cuda")
 
 
 def open_session(path: Path, *, threads: int, runtime: Runtime = "ort-cpu") -> Any:
@@ -28,19 +59,18 @@ def open_session(path: Path, *, threads: int, runtime: Runtime = "ort-cpu") -> A
 
     Raises:
         LoadError: the file is missing, or ONNX Runtime does not accept it.
-        MeasureError: the runtime asked for is unknown, or not active in the session.
+        MeasureError: the provider did not start, or left a part of the graph to another one.
     """
-    if runtime not in PROVIDERS:
-        raise MeasureError(f"runtime {runtime!r} is not known; use one of {', '.join(get_args(Runtime))}")
     if not path.is_file():
         raise LoadError(f"{path} is not a file; give the path of an .onnx file")
-    if runtime != "ort-cpu" and (reason := _inactive(runtime)):
-        raise MeasureError(f"runtime {runtime} cannot be measured here: {reason}; use ort-cpu")
     try:
-        session = _open(str(path), threads, runtime)
+        session = _open(str(path), threads, PROVIDERS[runtime])
     except runtime_errors() as error:
+        if "fallback to CPU EP" in str(error):
+            text = f"{PROVIDERS[runtime]} does not take all of {path.name} and the rest would run on the CPU"
+            raise MeasureError(f"runtime {runtime} cannot be measured here: {text}; use ort-cpu") from error
         raise LoadError(f"{path} is not an ONNX file that ONNX Runtime can load: {one_line(error)}") from error
-    if PROVIDERS[runtime] not in session.get_providers():
+    if session.get_providers()[0] != PROVIDERS[runtime]:
         raise MeasureError(f"runtime {runtime} cannot be measured here: it did not start for {path}; use ort-cpu")
     return session
 
@@ -54,7 +84,13 @@ def input_signature(session: Any, *, batch: int, shape: Sequence[int] | None = N
         MeasureError: the file fixes another batch, leaves a dimension open that `shape` does not give, or takes
             something else than plain tensors of numbers.
     """
-    return tuple(_input(argument, batch, shape) for argument in session.get_inputs())
+    found = []
+    for argument in session.get_inputs():
+        if argument.type not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise MeasureError(f"input {argument.name!r} is a {argument.type}; inputs can be made for {known}")
+        found.append(sized(argument.name, argument.shape, DTYPES[argument.type], batch=batch, shape=shape))
+    return tuple(found)
 
 
 def runtime_errors() -> tuple[type[Exception], ...]:
@@ -65,39 +101,8 @@ def runtime_errors() -> tuple[type[Exception], ...]:
     return (*own, RuntimeError, ValueError)
 
 
-def _input(argument: Any, batch: int, shape: Sequence[int] | None) -> Input:
-    name, given = argument.name, list(argument.shape)
-    if argument.type not in DTYPES:
-        raise MeasureError(f"input {name!r} is a {argument.type}; inputs can be made for {', '.join(DTYPES)}")
-    if not given:
-        return name, (), DTYPES[argument.type]
-    if isinstance(given[0], int) and given[0] != batch:
-        raise MeasureError(f"input {name!r} takes batch {given[0]} only, not {batch}; measure with batch {given[0]}")
-    sizes = [batch, *given[1:]]
-    for dim, size in enumerate(sizes):
-        if not isinstance(size, int):
-            if shape is None or len(shape) != len(sizes) - 1:
-                raise MeasureError(f"input {name!r} of shape {given} leaves dimension {dim} open; give its shape")
-            sizes[dim] = shape[dim - 1]
-    return name, tuple(sizes), DTYPES[argument.type]
-
-
-def _open(model: str | bytes, threads: int, runtime: Runtime) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 4  # what matters is raised; the runtime's own lines would go to the terminal
-    # session.set_denormal_as_zero stays at the runtime's default (off): that is what a deployed file meets, and hiding
-    # the cost of denormal weights here would hide a defect of the export.
-    providers = list(dict.fromkeys([PROVIDERS[runtime], "CPUExecutionProvider"]))
-    return onnxruntime.InferenceSession(model, options, providers=providers)
-
-
-def _inactive(runtime: Runtime) -> str | None:
-    """Why the runtime cannot run here, found by running it on a one-node network; None when it can."""
+def inactive(runtime: Runtime) -> str | None:
+    """Why the provider cannot run here, found by running it on a one-node network; None when it can."""
     import onnxruntime
 
     provider = PROVIDERS[runtime]
@@ -108,10 +113,46 @@ def _inactive(runtime: Runtime) -> str | None:
     if runtime == "ort-cpu":
         return None
     try:
-        active = _open(_one_node(), 1, runtime).get_providers()
+        active = _open(_one_node(), 1, provider).get_providers()
     except runtime_errors() as error:
-        return f"{provider} does not start: {one_line(error)}"
-    return None if provider in active else f"{provider} is installed but does not start (are its CUDA libraries there?)"
+        return f"{provider} does not start (are its CUDA libraries there?): {one_line(error)}"
+    return None if active[0] == provider else f"{provider} is installed but does not start (are its libraries there?)"
+
+
+def _open(model: str | bytes, threads: int, provider: str) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 4  # what matters is raised; the runtime's own lines would go to the terminal
+    # session.set_denormal_as_zero stays at the runtime's default (off): that is what a deployed file meets, and hiding
+    # the cost of denormal weights here would hide a defect of the export.
+    if provider != "CPUExecutionProvider":
+        # Without this a node that the provider lacks, or all of them, would quietly run on the CPU.
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        with redirect_stdout(StringIO()):
+            getattr(onnxruntime, "preload_dlls", lambda: None)()  # CUDA's libraries out of torch's wheels
+    return onnxruntime.InferenceSession(model, options, providers=[provider], enable_fallback=0)
+
+
+def _bound(session: Any, feeds: Feeds, device: str) -> Callable[[], None]:
+    """A run with inputs and outputs bound to memory of `device`; it ends when the device has finished."""
+    import onnxruntime
+
+    binding = session.io_binding()
+    for name, value in feeds.items():
+        binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value, device, 0))
+    for output in session.get_outputs():
+        binding.bind_output(output.name, device)
+    binding.synchronize_inputs()
+
+    def run() -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    return run
 
 
 def _one_node() -> bytes:
@@ -121,8 +162,3 @@ def _one_node() -> bytes:
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     return bytes(model.SerializeToString())
-
-
-def one_line(error: BaseException) -> str:
-    """The text of a foreign error, fit for one of ours."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -12,12 +12,13 @@ from typing import Any
 from compress.comparison.grid import SCRATCH, TUNED, Cell, Grid, cells
 from compress.comparison.verdict import Point, compare, sentence
 from compress.files import atomic_write
-from compress.plots import page
+from compress.report.figures import Figure
+from compress.report.listing import Listing, listing_page, over_log, points
 from compress.report.words import figure, metric_words
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5fc7", "#8c564b")
-GREY = "#777777"
+CONTROL_SYMBOLS = {TUNED: "diamond", SCRATCH: "square"}
 
 
 def write(folder: Path, content: Mapping[str, Any]) -> None:
@@ -75,17 +76,20 @@ def html(content: Mapping[str, Any]) -> str:
     grid = content["grid"]
     measured = next((run["measured"] for run in content["runs"]), "top1")
     name, split = metric_words(measured), next((run["split"]["name"] for run in content["runs"]), "test")
-    figures = [_plot(content, model, f"{name} on {split} (%)") for model in grid["models"]]
-    texts = [f"{Path(model).stem}: {verdict['sentence']}." for model, verdict in content["verdicts"].items()]
-    where = content["conditions"]
+    figures = [
+        _plot(content, place, f"{name} on {split} (%)") for place, model in enumerate(grid["models"])
+        if any(row["model"] == model and row["latency_ms"] is not None for row in content["rows"])
+    ]  # fmt: skip
+    verdicts = [f"{Path(model).stem}: {verdict['sentence']}" for model, verdict in content["verdicts"].items()]
+    where, notes = content["conditions"], []
     if where:
-        texts.append(
+        notes.append(
             f"Latency: {where['runtime']}, batch {where['batch']}, {where['threads']} threads, all files in turn in "
             f"one process after the runs, on {where.get('cpu', 'this machine')}. Bars: smallest and largest seed."
         )
-    texts += [f"failed: {run}: {why}" for run, why in content["failed"].items()]
+    notes += [f"failed: {run}: {why}" for run, why in content["failed"].items()]
     header, found = table(content)
-    return page("Methods compared", texts, figures, header=header, rows=found)
+    return listing_page(Listing("Methods compared", "; ".join(verdicts), notes, header, found), figures)
 
 
 def table(content: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -109,38 +113,39 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _plot(content: Mapping[str, Any], model: str, title: str) -> Any:
+def _plot(content: Mapping[str, Any], place: int, title: str) -> Figure:
     """Accuracy over latency: one line a method, a point a target, bars from the smallest to the largest seed."""
-    import plotly.graph_objects as go
-
-    drawn = go.Figure()
+    model, methods = content["grid"]["models"][place], content["grid"]["methods"]
     shown = [row for row in content["rows"] if row["model"] == model and row["latency_ms"] is not None]
-    methods = content["grid"]["methods"]
+    traces = []
     for method in dict.fromkeys(row["method"] for row in shown):
         mine = sorted((row for row in shown if row["method"] == method), key=lambda row: row["latency_ms"]["mean"])
         is_control = method not in methods
-        colour = GREY if is_control else COLOURS[methods.index(method) % len(COLOURS)]
-        drawn.add_scatter(
-            x=[row["latency_ms"]["mean"] for row in mine],
-            y=[row["value"]["mean"] for row in mine],
-            error_x=_bars([row["latency_ms"] for row in mine]),
-            error_y=_bars([row["value"] for row in mine]),
-            text=[_hover(row) for row in mine],
-            mode="lines+markers",
-            name=method,
-            line={"color": colour, "dash": "dot" if is_control else "solid"},
-            marker={"size": 9, "symbol": "diamond" if is_control else "circle"},
+        colour = "var(--dense)" if is_control else COLOURS[methods.index(method) % len(COLOURS)]
+        x, y = [row["latency_ms"] for row in mine], [row["value"] for row in mine]
+        traces.append(
+            points(
+                [value["mean"] for value in x],
+                [value["mean"] for value in y],
+                method,
+                colour=colour,
+                texts=[_hover(row) for row in mine],
+                mode="lines+markers",
+                error_x=_bars(x),
+                error_y=_bars(y),
+                line={"dash": "dot" if is_control else "solid"},
+                marker={"symbol": CONTROL_SYMBOLS.get(method, "circle")},
+            )
         )
     dense = [run["dense"] for run in content["runs"] if run["model"] == model]
     if dense and model in content["dense_latency_ms"]:
-        place = {"x": [content["dense_latency_ms"][model]], "y": [statistics.mean(dense)]}
-        drawn.add_scatter(
-            **place, mode="markers", name="dense, as given", marker={"size": 13, "symbol": "star", "color": GREY}
+        at = [content["dense_latency_ms"][model]], [statistics.mean(dense)]
+        traces.append(
+            points(
+                *at, "dense, as given", colour="var(--quiet)", texts=["dense"], marker={"symbol": "star", "size": 13}
+            )
         )
-    drawn.update_xaxes(type="log", title="latency, median (ms)")
-    drawn.update_yaxes(title=title)
-    drawn.update_layout(template="plotly_white", title=Path(model).stem, margin={"t": 50, "r": 20})
-    return drawn
+    return over_log(f"model{place}", Path(model).stem, traces, x="latency, median (ms)", y=title)
 
 
 def _hover(row: Mapping[str, Any]) -> str:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from compress import checkpoint, cost, data, inputs, ranks
-from compress.bench import available
 from compress.bench.machine import allowed_cpus, describe
+from compress.bench.runtimes import RUNTIMES, inactive
 from compress.checkpoint import ModelInfo
 from compress.data import Augment, Data, Loader, MemorySplit, Split
 from compress.errors import DataError, MeasureError
@@ -62,6 +62,11 @@ class Run:
     device: Any  # accelerate.Accelerator
     emit: OnEvent
     task: Task
+
+    @property
+    def keep(self) -> float:
+        """The share of the metric that is to remain, 0 to 1; milliseconds become one once the dense ones are known."""
+        return float(self.prepared.get("keep", self.recipe.prune.keep))
 
     @property
     def prepared(self) -> dict[str, Any]:
@@ -122,7 +127,7 @@ class Run:
         prune = self.recipe.prune
         origin = {
             "method": prune.method,
-            "target": prune.keep,
+            "target": self.keep,
             "metric": prune.metric,
             "seed": self.recipe.seed,
             "source_sha256": self.read("env.json")["source_sha256"],
@@ -270,8 +275,9 @@ def _check_same(loaded: Data) -> None:
 def _check_bench(recipe: Recipe) -> None:
     """What the last stage needs must be here before the first one begins."""
     part = recipe.bench
-    missing = available()[part.runtime]
+    missing = inactive(part.runtime)
     if missing:
-        raise MeasureError(f"bench.runtime = {part.runtime} is not available here: {missing}")
+        remedy = RUNTIMES[part.runtime].remedy
+        raise MeasureError(f"bench.runtime = {part.runtime} is not available here: {missing}; {remedy}")
     if part.threads > len(allowed_cpus()):
         raise MeasureError(f"bench.threads = {part.threads}, but this process may use {len(allowed_cpus())} processors")

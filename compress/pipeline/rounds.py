@@ -6,35 +6,30 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress import cost, ranks, sparse, train
-from compress.bench.machine import vector_block
+from compress import ranks, sparse, train
 from compress.errors import PruneError, UsageError
 from compress.folding import fold
-from compress.groups import Branch, Group, branches, trace
-from compress.pipeline import zeros
+from compress.groups import Group, trace
+from compress.pipeline import timing, zeros
 from compress.pipeline.context import Event, Run
-from compress.plan import NO_LIMITS, Plan, apply, select
+from compress.pipeline.widths import branches_of, select_as, sensitivity_of
+from compress.plan import Plan, apply
 from compress.reach import without
 from compress.recipe import Recipe
-from compress.regularize import REGULARIZERS, SPARSE_TRAINING, Regularizer
+from compress.regularize import REGULARIZERS, SPARSE_TRAINING, Regularizer, numbers
 from compress.regularize.make import make
 from compress.report.words import metric_words, strength_words
 from compress.scores import DATA_DRIVEN, SCORES, Scores
-from compress.sensitivities import Sensitivity, limits, read
 from compress.structure import redraw
-from compress.train import numbers
 
 SCORE_BATCHES = 8  # training batches that a data-driven score sees: about a thousand images, in seconds (ours)
 LOSS_DRIVEN = {"taylor", "hessian"}  # data-driven scores that differentiate the task's loss
-BRANCH_IMAGES = 32  # validation images that tell what the outputs lose without a branch (ours)
 FOLD_BATCHES = 8  # training batches that the fold sees, likewise
-MAX_GROUP_DROP = 1.0  # points that a group alone may cost where the recipe names a sensitivity and no limit (ours)
 SIZE_MARGIN = 0.005  # by how much a file's size is undercut: the bytes of its graph change a little with the widths
 
 
@@ -43,7 +38,7 @@ def sparsify(run: Run) -> dict[str, Any]:
     counts = run.prepared["epochs"]["sparse"]
     if run.augment() == "none":
         run.emit(Event("sparse", "the images are not augmented"))
-    target = run.recipe.prune.keep * (1 - SIZE_MARGIN if run.recipe.prune.metric == "size" else 1)
+    target = run.keep * (1 - SIZE_MARGIN if run.recipe.prune.metric == "size" else 1)
     found: list[dict[str, Any]] = []
     for index, count in enumerate(counts):
         name = f"round-{index + 1}"
@@ -51,7 +46,8 @@ def sparsify(run: Run) -> dict[str, Any]:
             model = run.network(f"state/round-{index}.safetensors") if index else copy.deepcopy(run.dense)
             before = found[-1]["regularizers"] if found else None
             keep = target ** ((index + 1) / len(counts))
-            run.write(f"state/{name}.json", _round(run, model, _Round(name, count, keep, before)))
+            is_last = index + 1 == len(counts)
+            run.write(f"state/{name}.json", _round(run, model, _Round(name, count, keep, before, is_last)))
         found.append(run.read(f"state/{name}.json"))
     return {"rounds": found, "history": [line for result in found for line in result["history"]]}
 
@@ -62,6 +58,7 @@ class _Round:
     epochs: int
     keep: float  # share of the dense cost that remains after it
     before: Sequence[Mapping[str, float]] | None  # the regularisers' strengths in the round before
+    is_last: bool
 
 
 def _round(run: Run, model: nn.Module, what: _Round) -> dict[str, Any]:
@@ -90,7 +87,7 @@ def _round(run: Run, model: nn.Module, what: _Round) -> dict[str, Any]:
     model = model.cpu()
     if what.before is None:
         run.save("state/sparse.safetensors", model, pruned=False)
-    cut = _cut(run, model, groups, scores, what.keep)
+    cut = _cut(run, model, groups, scores, what)
     batches = run.loader(run.data.train, train=True)
     train.recalibrate(run.on_device(model), batches, device=run.device, task=run.task)
     top1, _ = run.evaluate(model)
@@ -100,6 +97,7 @@ def _round(run: Run, model: nn.Module, what: _Round) -> dict[str, Any]:
     return {
         "plan": cut,
         "density_log": log,
+        "lambda_log": outcome.lambda_log,
         "strengths": begun,
         "history": [{"phase": what.name, **line} for line in outcome.history],
         "regularizers": strengths,
@@ -129,20 +127,27 @@ def _worth(run: Run, model: nn.Module, groups: Sequence[Group], regularizers: Se
     return _scores(run, model, groups, regularizers)
 
 
-def _cut(run: Run, model: nn.Module, groups: Sequence[Group], scores: Scores, keep: float) -> dict[str, Any]:
+def _cut(run: Run, model: nn.Module, groups: Sequence[Group], scores: Scores, what: _Round) -> dict[str, Any]:
     """Remove channels, or set weights to zero, in place; what was done, as JSON."""
     if zeros.is_fine(run.recipe):
-        return sparse.thin(model, keep=keep, worth=scores).model_dump(mode="json")
+        return sparse.thin(model, keep=what.keep, worth=scores).model_dump(mode="json")
     whole = run.prepared["dense"][run.recipe.prune.metric]
     costs = run.costs(model)
 
     def choose() -> dict[str, Any]:
-        found = sensitivity_of(run)
-        may_leave = branches_of(run, model)
-        plan = select_as(run.recipe, groups, scores, costs, keep=keep, whole=whole, found=found, may_leave=may_leave)
-        return plan.model_dump(mode="json")
+        given = {"found": sensitivity_of(run), "may_leave": branches_of(run, model), "whole": whole}
+        prices = timing.priced(run, costs, whole)
 
-    plan = Plan.model_validate(ranks.first(choose))
+        def at(share: float) -> Plan:
+            return select_as(run.recipe, groups, scores, prices, keep=share, **given)
+
+        if timing.is_timed(run.recipe) and what.is_last:
+            plan, tries = timing.aimed(run, model, groups, at, what.keep)
+            return {**plan.model_dump(mode="json"), "tries": timing.facts(tries)}
+        return at(what.keep).model_dump(mode="json")
+
+    chosen = ranks.first(choose)
+    plan = Plan.model_validate(chosen)
     before = copy.deepcopy(model)
     apply(model, groups, plan)
     if run.recipe.prune.redraw:
@@ -152,7 +157,7 @@ def _cut(run: Run, model: nn.Module, groups: Sequence[Group], scores: Scores, ke
         left, _ = without(groups, costs, plan.dropped)
         fold(run.on_device(model), run.on_device(before), left, plan.kept, images)
         model.cpu()
-    return plan.model_dump(mode="json")
+    return chosen
 
 
 def teacher(run: Run) -> nn.Module:
@@ -234,66 +239,3 @@ def _scores(run: Run, model: nn.Module, groups: Sequence[Group], regularizers: S
 
     told = ranks.first(lambda: {group: values.tolist() for group, values in score().items()})
     return {group: torch.tensor(values) for group, values in told.items()}
-
-
-def select_as(
-    recipe: Recipe,
-    groups: Sequence[Group],
-    scores: Scores,
-    costs: cost.Costs,
-    *,
-    keep: float,
-    whole: float,
-    found: Sensitivity | None,
-    may_leave: Sequence[Branch] = (),
-) -> Plan:
-    """plan.select as the recipe says, for a share `keep` of the dense cost `whole`, under the limits of `found`."""
-    prune = recipe.prune
-    drop = prune.max_group_drop
-    if found is None and (drop or prune.max_group_distortion):
-        raise UsageError("prune.max_group_drop and max_group_distortion need prune.sensitivity, a file to go by")
-    if drop is None and found is not None and found.dense.top1 is not None and prune.max_group_distortion is None:
-        drop = MAX_GROUP_DROP
-    return select(
-        groups,
-        scores,
-        costs,
-        keep=keep,
-        metric=prune.metric,
-        whole=whole,
-        round_to=vector_block() if prune.round_to == "auto" else prune.round_to,
-        adapt=prune.round_to == "auto",
-        allocation=prune.allocation,
-        floor=prune.floor,
-        limits=limits(found, groups, max_drop=drop, max_distortion=prune.max_group_distortion) if found else NO_LIMITS,
-        branches=may_leave,
-    )
-
-
-def branches_of(run: Run, model: nn.Module) -> tuple[Branch, ...]:
-    """The branches that may leave, judged on the first validation images; none unless the recipe asks for it."""
-    return branches(model, run.example(BRANCH_IMAGES)) if run.recipe.prune.drop_blocks else ()
-
-
-def sensitivity_of(run: Run) -> Sensitivity | None:
-    """What the recipe names, as the run's folder has kept it; None where it names nothing."""
-    return Sensitivity.model_validate(run.read("sensitivity.json")) if run.recipe.prune.sensitivity else None
-
-
-def dry_run(recipe: Recipe, model: nn.Module, example: Tensor) -> tuple[Plan, tuple[Group, ...], cost.Costs, str]:
-    """What would be cut from the network as it stands, without training: plan, groups, dense costs, score used.
-
-    There is no data here: where the channels would be ranked after training or by a score that needs data, the plan
-    ranks them by `l2`, and branches are judged on `example`. Bytes are those of the weights.
-    """
-    groups = trace(model, example)
-    costs = cost.measure(model, example)
-    score = recipe.prune.score or recipe.prune.method
-    score = score if score in SCORES and score not in DATA_DRIVEN else "l2"
-    whole = costs.total(recipe.prune.metric)
-    found = read(Path(recipe.prune.sensitivity)) if recipe.prune.sensitivity else None
-    scores = SCORES[score](model, groups)
-    may_leave = branches(model, example) if recipe.prune.drop_blocks else ()
-    keep = recipe.prune.keep
-    plan = select_as(recipe, groups, scores, costs, keep=keep, whole=whole, found=found, may_leave=may_leave)
-    return plan, groups, costs, score

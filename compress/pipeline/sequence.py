@@ -16,12 +16,11 @@ from compress import ranks
 from compress.checkpoint import ModelInfo
 from compress.folder import RunFolder
 from compress.pipeline.context import Event, OnEvent, open_run
-from compress.pipeline.stages import STAGES, TOGETHER
+from compress.pipeline.stages import LAST, TOGETHER, stages_of
 from compress.recipe import Recipe
 from compress.task import Task
 
 log = logging.getLogger(__name__)
-LAST = list(STAGES)[-1]
 
 
 def run(
@@ -64,8 +63,7 @@ def run(
     with ExitStack() as held, _threads(recipe.threads):
         ranks.first(lambda: _hold(held, folder))
         opened = open_run(recipe, model, info, folder, source_sha256, emit, task)
-        for name in list(STAGES)[: list(STAGES).index(until) + 1]:
-            stage = STAGES[name]
+        for name, stage in stages_of(recipe, until=until).items():
             if opened.has(f"state/{name}.json"):
                 continue
             emit(Event(name))

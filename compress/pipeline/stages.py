@@ -1,4 +1,4 @@
-"""The stages before and after the sparse rounds: prepare, recover, export, measure, report."""
+"""The stages before and after the sparse rounds: prepare, recover, export, measure, quantize, report."""
 
 from __future__ import annotations
 
@@ -13,20 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from compress import cost, report, sparse, train
+from compress.aim import dense_latency
 from compress.bench import benchmark
 from compress.bench.machine import vector_block
 from compress.data import Loader
-from compress.errors import TargetError, UsageError
+from compress.errors import MeasureError, TargetError, UsageError
 from compress.export import Proof, metric, to_onnx
 from compress.groups import Group, trace
-from compress.pipeline import zeros
-from compress.pipeline.context import Run
-from compress.pipeline.rounds import branches_of, make_regularizers, select_as, sensitivity_of, sparsify, teacher
+from compress.pipeline import timing, zeros
+from compress.pipeline.context import Event, Run
+from compress.pipeline.lower import quantize
+from compress.pipeline.rounds import make_regularizers, sparsify, teacher
+from compress.pipeline.widths import branches_of, select_as, sensitivity_of
 from compress.recipe import Recipe
 from compress.regularize import REGULARIZERS
 from compress.sensitivities import read
 from compress.structure import removed
 from compress.task import Classification, reported
+
+FURTHER_SECONDS = 3.0  # for each further batch size: 20 rounds of two small networks
 
 
 def epochs(recipe: Recipe, steps_per_epoch: int) -> tuple[list[int], int]:
@@ -62,18 +67,23 @@ def prepare(run: Run) -> dict[str, Any]:
     costs = cost.measure(run.dense, example)
     beside = _beside_weights(run, costs) if run.recipe.prune.metric == "size" else 0.0
     costs = replace(costs, fixed={**costs.fixed, "size": beside})
+    dense_ms = _dense_latency(run)
+    keep = timing.share(run.recipe, dense_ms)
     if run.recipe.prune.sensitivity:
         run.write("sensitivity.json", read(Path(run.recipe.prune.sensitivity)).model_dump(mode="json"))
     if not zeros.is_fine(run.recipe):
         even = {group.name: torch.ones(group.size) for group in groups}
-        whole = costs.total(run.recipe.prune.metric)
-        found, may_leave, keep = sensitivity_of(run), branches_of(run, run.dense), run.recipe.prune.keep
-        select_as(run.recipe, groups, even, costs, keep=keep, whole=whole, found=found, may_leave=may_leave)
+        prices = timing.priced(run, costs, dense_ms or 0.0)
+        whole = prices.total(run.recipe.prune.metric)
+        found, may_leave = sensitivity_of(run), branches_of(run, run.dense)
+        select_as(run.recipe, groups, even, prices, keep=keep, whole=whole, found=found, may_leave=may_leave)
     accuracy, loss = run.evaluate(run.dense)
     loader = run.loader(run.data.train, train=True)
     sparse, recover = epochs(run.recipe, len(loader))
+    counted = {metric: costs.total(metric) for metric in cost.METRICS} | ({"latency": dense_ms} if dense_ms else {})
     return {
-        "dense": {**{metric: costs.total(metric) for metric in cost.METRICS}, "val_top1": accuracy, "val_loss": loss},
+        "dense": {**counted, "val_top1": accuracy, "val_loss": loss},
+        "keep": keep,
         "beside_weights": beside,
         "widths": {group.name: group.size for group in groups},
         "layers": {group.name: _writers(group) for group in groups},
@@ -123,9 +133,9 @@ def export(run: Run) -> dict[str, Any]:
         if zeros.is_fine(run.recipe) and name == "pruned":
             found[name]["weights"] = zeros.count_file(model, path)
     share = found["pruned"]["size_bytes"] / found["dense"]["size_bytes"]
-    if run.recipe.prune.metric == "size" and share > run.recipe.prune.keep:
+    if run.recipe.prune.metric == "size" and share > run.keep:
         raise TargetError(
-            f"the file is {share:.4f} of the dense one, above the target {run.recipe.prune.keep:g}; ask for less",
+            f"the file is {share:.4f} of the dense one, above the target {run.keep:g}; ask for less",
             lowest=share,
         )
     run.write("parity.json", found)
@@ -133,11 +143,24 @@ def export(run: Run) -> dict[str, Any]:
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """Latency of the dense and the pruned file, interleaved in one run."""
-    part = run.recipe.bench
+    """Latency of the dense and the pruned file, interleaved in one run; under `further` that at other batch sizes.
+
+    Memory may not suffice for those: what could not be measured is a warning, not the end of a run.
+    """
+    part, seed = run.recipe.bench, run.recipe.seed
     files = [run.folder.path / "dense.onnx", run.folder.path / "model.onnx"]
-    comparison = benchmark(files, batch=part.batch, threads=part.threads, runtime=part.runtime, seed=run.recipe.seed)
-    found = comparison.model_dump(mode="json")
+    first = benchmark(files, batch=part.batch, threads=part.threads, runtime=part.runtime, seed=seed)
+    found = {**first.model_dump(mode="json"), "further": list[dict[str, Any]]()}
+    for batch in dict.fromkeys(batch for batch in part.batches if batch != part.batch):
+        try:
+            more = benchmark(
+                files, batch=batch, threads=part.threads, runtime=part.runtime, seconds=FURTHER_SECONDS, seed=seed
+            )
+            found["further"].append(more.model_dump(mode="json"))
+        except MeasureError as error:
+            found["conditions"]["warnings"].append(f"batch {batch} was not measured: {error}")
+    for warning in found["conditions"]["warnings"]:
+        run.emit(Event("measure", warning))
     run.write("bench.json", found)
     return found
 
@@ -152,10 +175,12 @@ def write_report(run: Run) -> dict[str, Any]:
     dense = stages["prepare"]["widths"]
     facts = {
         "recipe": run.recipe.model_dump(mode="json"),
+        "keep": run.keep,
         "env": run.read("env.json"),
         "info": run.info.model_dump(mode="json"),
         "stages": stages,
         "pruned": _figures(pruned, run.example(), is_fine=zeros.is_fine(run.recipe)),
+        "sensitivity": run.read("sensitivity.json") if run.has("sensitivity.json") else None,
         "density": zeros.of_layers(pruned) if zeros.is_fine(run.recipe) else {},
         "widths": widths,
         "dropped": list(removed(pruned)),
@@ -176,8 +201,18 @@ STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
     "recover": recover,
     "export": export,
     "measure": measure,
+    "quantize": quantize,
     "report": write_report,
 }
+
+
+LAST = list(STAGES)[-1]
+
+
+def stages_of(recipe: Recipe, *, until: str = LAST) -> dict[str, Callable[[Run], dict[str, Any]]]:
+    """The stages that the recipe asks for, in order, up to the one called `until`."""
+    first = list(STAGES)[: list(STAGES).index(until) + 1]
+    return {name: STAGES[name] for name in first if name != "quantize" or recipe.quantize.to != "none"}
 
 
 def _check_score(run: Run) -> None:
@@ -192,6 +227,15 @@ def _beside_weights(run: Run, costs: cost.Costs) -> float:
     path = run.folder.path / "dense.onnx"
     _to_onnx(run, copy.deepcopy(run.dense), path, "dense")
     return float(path.stat().st_size - costs.total("size"))
+
+
+def _dense_latency(run: Run) -> float | None:
+    """Milliseconds of the dense network where they are what the target is about."""
+    if not timing.is_timed(run.recipe):
+        return None
+    path = run.folder.path / "dense.onnx"
+    _to_onnx(run, copy.deepcopy(run.dense), path, "dense")
+    return dense_latency(path, on=timing.where(run.recipe), seed=run.recipe.seed)
 
 
 def _to_onnx(run: Run, model: nn.Module, path: Path, name: str) -> Proof:
@@ -228,7 +272,7 @@ def _metadata(run: Run, model: nn.Module, example: Tensor, name: str) -> dict[st
     prune = run.recipe.prune
     values: dict[str, Any] = {
         "method": prune.method if name == "pruned" else "none",
-        "target": prune.keep if name == "pruned" else 1.0,
+        "target": run.keep if name == "pruned" else 1.0,
         "metric": prune.metric,
         "seed": run.recipe.seed,
         "source_sha256": run.read("env.json")["source_sha256"],

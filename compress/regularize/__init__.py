@@ -15,6 +15,8 @@ from compress.regularize.halo import Halo as Halo
 from compress.regularize.keep_zeros import KeepZeros as KeepZeros
 from compress.regularize.lasso import Lasso as Lasso
 from compress.regularize.protocol import Regularizer as Regularizer
+from compress.regularize.protocol import lambdas as lambdas
+from compress.regularize.protocol import numbers as numbers
 from compress.regularize.rigl import Rigl as Rigl
 from compress.regularize.set_training import SetTraining as SetTraining
 from compress.regularize.static_erk import StaticErk as StaticErk

@@ -55,6 +55,9 @@ class GrowingReg:
         """lambda of this step."""
         return min(self.ceiling, self.growth * (1 + self._step // self.interval))
 
+    def lambdas(self) -> dict[str, float]:
+        return {"the chosen channels": self.level()}
+
     def penalty(self) -> Tensor:
         held, level = self._held(), self.level()
         value = level / 2 * (self._mask * held.squares()).sum()

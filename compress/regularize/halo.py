@@ -95,6 +95,18 @@ class Halo:
                 return self._channels.by_group(size / self._channels.elements * shrink.square())
             return self._filter_sums(size * shrink.square())
 
+    def lambdas(self) -> dict[str, float]:
+        """The mean lambda over the channels of each free group (`filter`) or the weights of each tensor (`weight`)."""
+        with torch.no_grad():
+            found = self.shrinkage(self.sizes())
+            if self._channels is not None:
+                means = {name: float(values.mean()) for name, values in self._channels.by_group(found).items()}
+                return {group.name: means[group.name] for group in self._groups if group.frozen is None}
+            assert self._model is not None, "attach first"
+            names = {id(tensor): name for name, tensor in self._model.named_parameters()}
+            parts = torch.split(found, [t.numel() for t in self._tensors])
+            return {names[id(t)]: float(part.mean()) for t, part in zip(self._tensors, parts, strict=True)}
+
     def weight_scores(self) -> dict[str, Tensor]:
         """|w_j| * lambda_j^2 of each penalised tensor by its name; nothing at granularity `filter`."""
         if self._model is None or self._channels is not None:

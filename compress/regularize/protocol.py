@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from compress.groups import Group
 
 Scores = Mapping[str, Tensor]  # group name -> (size,) float32 on the CPU; larger = keep
+
+
+def numbers(state: Mapping[str, Any]) -> dict[str, float]:
+    """The plain numbers of a regulariser's state: its strengths and counters, as JSON takes them."""
+    return {name: value for name, value in state.items() if isinstance(value, int | float)}
+
+
+def lambdas(regularizers: Iterable[Regularizer]) -> dict[str, float]:
+    """What the first regulariser with a lambda that moves says of it; nothing where none has one."""
+    return next((dict(r.lambdas()) for r in regularizers if isinstance(r, Moving)), {})
 
 
 class Regularizer(Protocol):
@@ -41,3 +51,11 @@ class Regularizer(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The counterpart of `state_dict`, after `attach`."""
+
+
+@runtime_checkable
+class Moving(Protocol):
+    """A regulariser whose lambda changes while it trains, to be drawn over the steps."""
+
+    def lambdas(self) -> Mapping[str, float]:
+        """lambda as it is now, by what it belongs to; a mean where that has many."""

@@ -20,10 +20,10 @@ def write(folder: Path, report: Mapping[str, Any]) -> None:
     """
     from compress.report import pages  # jinja2 only where pages are written
 
-    Report.model_validate(report)
-    atomic_write(folder / "README.md", pages.card(report))
-    atomic_write(folder / "report.html", pages.html(report))
-    atomic_write(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    whole = Report.model_validate(report).model_dump(mode="json")  # an older one has what was added since
+    atomic_write(folder / "README.md", pages.card(whole))
+    atomic_write(folder / "report.html", pages.html(whole))
+    atomic_write(folder / "report.json", json.dumps(whole, indent=1, allow_nan=False) + "\n")
 
 
 def schema() -> str:

@@ -23,7 +23,7 @@ def build(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     Units: MACs per image, bytes, percent, milliseconds, seconds; shares are what remains, 0 to 1.
     """
     recipe, stages, prune = facts["recipe"], facts["stages"], facts["recipe"]["prune"]
-    names = {"method": prune["method"], "target": prune["keep"], "metric": prune["metric"], "seed": recipe["seed"]}
+    names = {"method": prune["method"], "target": facts["keep"], "metric": prune["metric"], "seed": recipe["seed"]}
     files = {"onnx": "model.onnx", "checkpoint": "pruned.safetensors", "report": "report.html"}
     found = {
         "out": str(folder),
@@ -32,6 +32,7 @@ def build(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         **_results(facts),
         **_structure(facts),
         **_training(stages),
+        "quantized": _quantized(stages["quantize"]) if "quantize" in stages else None,
         **_conditions(facts),
         "seconds": {name: stage["seconds"] for name, stage in stages.items() if "seconds" in stage},
     }
@@ -56,6 +57,7 @@ def _results(facts: Mapping[str, Any]) -> dict[str, Any]:
         "split": {"name": proof["split"], "images": proof["images"]},
         "measurements": bench["measurements"],
         "speedups": bench["speedups"],
+        "further": bench.get("further", []),
     }
 
 
@@ -72,14 +74,30 @@ def _network(costs: Mapping[str, Any], proof: Mapping[str, Any], measured: Mappi
     }
 
 
+def _quantized(made: Mapping[str, Any]) -> dict[str, Any]:
+    """The file of lower precision, as its own stage found it."""
+    one, other = made["measurements"]
+    return {
+        **_known(made, ["verdict", "file", "sha256", "to", "how"]),
+        **_known(made["fidelity"], ["top1_agreement", "snr_db"]),
+        "size_bytes": other["size_bytes"],
+        "metric": made["after"]["metric"],
+        "before_ms": {key: one["latency"][key] for key in LatencyMs.model_fields},
+        "latency_ms": {key: other["latency"][key] for key in LatencyMs.model_fields},
+        "speedup": {key: made["speedup"][key] for key in Gain.model_fields},
+    }
+
+
 def _structure(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Widths or densities before and after, and what could not be cut or did not come out aligned."""
     prepared, widths = facts["stages"]["prepare"], facts["widths"]
-    logs = [found.get("density_log", ()) for found in facts["stages"]["sparse"]["rounds"]]
+    rounds = facts["stages"]["sparse"]["rounds"]
     return {
         "granularity": facts["recipe"]["prune"].get("granularity", "filter"),
         "density": facts.get("density", {}),
-        "density_log": [{"step": step, "layers": layers} for log in logs for step, layers in log],
+        "density_log": _over_steps(rounds, "density_log", "layers"),
+        "lambda_log": _over_steps(rounds, "lambda_log", "groups"),
+        "sensitivity": facts.get("sensitivity"),
         "frozen": prepared["frozen"],
         "widths": {name: {"dense": n, "pruned": widths[name]} for name, n in prepared["widths"].items()},
         "dropped": facts.get("dropped", []),
@@ -87,6 +105,15 @@ def _structure(facts: Mapping[str, Any]) -> dict[str, Any]:
         "block": facts["block"],
         "uncounted": prepared["uncounted"],
     }
+
+
+def _over_steps(rounds: Sequence[Mapping[str, Any]], log: str, key: str) -> list[dict[str, Any]]:
+    """What a method noted at some steps of every round, as one list."""
+    return [
+        {"round": number, "step": step, key: values}
+        for number, found in enumerate(rounds, 1)
+        for step, values in found.get(log, ())
+    ]
 
 
 def _training(stages: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,18 +1,16 @@
-"""The page of `compress sensitivity`: one line a group over its width, and every figure in a table."""
+"""What each group of channels costs when it is cut alone, drawn; and the page of `compress sensitivity`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compress.report.charts import Chart, Line, Mark, Point, Scale, log_ticks, ticks
-from compress.report.pages import environment
-from compress.report.words import figure
+from compress.report.figures import Figure, Spec, line, log_axis, plain, shade
+from compress.report.words import figure, without_folder
 
 MEASURES = {  # key -> title and unit; drawn where it was measured
-    "top1": ("Top-1", "percent, over the share of the group's channels that stay"),
-    "loss": ("Loss", "log scale, over the share of the group's channels that stay"),
+    "top1": ("Top-1", "percent"),
+    "loss": ("Loss", "log scale"),
     "distortion": ("Distortion of the outputs", "log scale, as a share of the outputs' norm"),
 }
 
@@ -23,58 +21,55 @@ def sensitivity_page(found: Mapping[str, Any]) -> str:
     Args:
         found: what `compress sensitivity --json` gives.
     """
-    page = environment(autoescape=True).get_template("sensitivity.html.j2")
-    drawn = [chart for key in MEASURES if (chart := curves(found, key)) is not None]
-    return page.render(s=found, charts=drawn, keys=[key for key in MEASURES if found["dense"][key] is not None])
+    from compress.report.pages import page  # which draws these curves too
+
+    return page("sensitivity.html.j2", {"curves": curves(found)}, {"s": without_folder(found), "keys": measures(found)})
 
 
-def curves(found: Mapping[str, Any], key: str) -> Chart | None:
-    """One line a group, the one that suffers most in a colour of its own; None where `key` was not measured."""
-    dense: float | None = found["dense"][key]
-    values: list[float] = [width[key] for curve in found["groups"].values() for width in curve["widths"]]
-    values = [value for value in values if value is not None and (key == "top1" or value > 0)]
-    if dense is None or not values:
-        return None
-    drawn = [*values, dense] if key == "top1" or dense > 0 else values
-    low, high = min(drawn), max(drawn)
-    is_log = key != "top1"
-    if is_log:
-        low, high = math.log10(low / 1.1), math.log10(high * 1.1)
-    else:
-        low, high = max(0.0, low - 1), min(100.0, high + 1)
+def measures(found: Mapping[str, Any]) -> list[str]:
+    """The keys of MEASURES that were measured."""
+    return [key for key in MEASURES if found["dense"][key] is not None]
 
-    def scale(value: float) -> float:
-        at = math.log10(max(value, 1e-300)) if is_log else value
-        return min(100.0, 100 * (high - at) / ((high - low) or 1.0))
 
-    marks = log_ticks(10**low, 10**high) if is_log else ticks(low, high, 5)
+def curves(found: Mapping[str, Any]) -> tuple[Figure, ...]:
+    """A figure for each measure: one line a group, the one that suffers most in a colour of its own, on top."""
+    drawn = (_curves(found, key) for key in measures(found))
+    return tuple(one for one in drawn if one is not None)
+
+
+def _curves(found: Mapping[str, Any], key: str) -> Figure | None:
     shown = [name for name, curve in found["groups"].items() if curve["widths"]]  # one channel has no curve
+    is_log = key != "top1"
+    if not any(width[key] > 0 or not is_log for name in shown for width in found["groups"][name]["widths"]):
+        return None
+    dense: float = found["dense"][key]
     worst = max(shown, key=lambda name: _suffering(found["groups"][name], key))
-    ordered = sorted(shown, key=lambda name: name == worst)  # drawn last, on top
+    data = [_run(found, name, key, shade(place, len(shown))) for place, name in enumerate(shown) if name != worst]
+    data.append(_run(found, worst, key, "var(--cut)"))
+    layout: Spec = {
+        "xaxis": {"title": {"text": "share of the channels that stay"}, "range": [0, 1.02], "nticks": 6},
+        "yaxis": log_axis([*(value for run in data for value in run["y"]), dense]) if is_log else {"nticks": 6},
+    }
+    keys: tuple[tuple[str, str], ...] = (("cut", worst), ("shade", "the others, first layer to last"))
+    if dense > 0:
+        layout["shapes"] = [{
+            "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": dense, "y1": dense, "layer": "below",
+            "line": {"color": "var(--dense)", "width": 1.5, "dash": "dash"},
+        }]  # fmt: skip
+        keys += (("dash dense", f"uncut {figure(dense)}"),)
     title, unit = MEASURES[key]
-    return Chart(
-        title,
-        unit,
-        tuple(
-            Line(name if name == worst else "", "cut" if name == worst else "val", (_run(found, name, key, scale),))
-            for name in ordered
-        ),
-        tuple(Mark(scale(value), f"{value:g}") for value in marks),
-        tuple(Mark(100 * share, f"{share:g}") for share in (0, 0.25, 0.5, 0.75, 1)),
-        (),
-        Mark(scale(dense), f"dense {figure(dense)}") if dense > 0 else None,
-    )
+    return Figure(f"sensitivity-{key}", title, unit, {"data": data, "layout": layout}, keys)
 
 
-def _run(found: Mapping[str, Any], name: str, key: str, scale: Scale) -> tuple[Point, ...]:
+def _run(found: Mapping[str, Any], name: str, key: str, colour: str) -> Spec:
     """A group's line, up to the uncut network at 1 where that has a place on the axis."""
-    curve = found["groups"][name]
-    points = [
-        Point(100 * w["kept"] / curve["size"], scale(w[key]), f"{name}, {w['kept']} of {curve['size']} channels: "
-              f"{figure(w[key])}") for w in curve["widths"]
-    ]  # fmt: skip
-    dense = found["dense"][key]
-    return (*points, Point(100, scale(dense), f"uncut: {figure(dense)}")) if dense > 0 else tuple(points)
+    curve, dense = found["groups"][name], found["dense"][key]
+    x = [width["kept"] / curve["size"] for width in curve["widths"]]
+    y = [width[key] if key == "top1" or width[key] > 0 else None for width in curve["widths"]]
+    texts = [f"{plain(name)}, {w['kept']} of {curve['size']} channels: {figure(w[key])}" for w in curve["widths"]]
+    if dense > 0:
+        x, y, texts = [*x, 1.0], [*y, dense], [*texts, f"uncut: {figure(dense)}"]
+    return line(x, y, colour, name=plain(name), text=texts, hovertemplate="%{text}<extra></extra>")
 
 
 def _suffering(curve: Mapping[str, Any], key: str) -> float:

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from compress.bench.results import Measurement, Speedup
+from compress.bench.results import Comparison, Measurement, Speedup
+from compress.curves import Sensitivity
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 Figure = float | None  # None: not measured, or not finite
@@ -94,8 +95,8 @@ class SplitUsed(BaseModel):
     images: int
 
 
-class Width(BaseModel):
-    """Channels of one group."""
+class Channels(BaseModel):
+    """Channels of one group, before and after."""
 
     model_config = _FROZEN
     dense: int
@@ -114,8 +115,18 @@ class Densities(BaseModel):
     """Share of the weights that are alive, per weight tensor, at one step of a method that moves them about."""
 
     model_config = _FROZEN
-    step: int
+    round: int = 1
+    step: int = Field(description="counted from the start of the round")
     layers: dict[str, float]
+
+
+class Lambdas(BaseModel):
+    """The strength of a penalty that moves while it trains, per group (a mean where a group has many), at one step."""
+
+    model_config = _FROZEN
+    round: int = 1
+    step: int = Field(description="counted from the start of the round")
+    groups: dict[str, Figure]
 
 
 class Round(BaseModel):
@@ -157,6 +168,24 @@ class Strength(BaseModel):
     values: dict[str, float]
 
 
+class Quantized(BaseModel):
+    """The pruned file at lower precision; all of quantize.json's entry is not repeated here."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    verdict: str
+    file: str
+    sha256: str
+    to: str
+    how: dict[str, Any] = Field(description="types of weights and activations, calibration")
+    size_bytes: int
+    metric: Metric
+    latency_ms: LatencyMs
+    before_ms: LatencyMs = Field(description="of the float32 file, in the same run")
+    speedup: Gain
+    top1_agreement: float | None = Field(description="percent of validation images with the same largest output")
+    snr_db: float | None = Field(description="outputs' power over that of the difference; None: no difference")
+
+
 class Input(BaseModel):
     """What the ONNX file takes: float32 (batch, *size), pixels in 0..1 less `mean`, over `std`."""
 
@@ -186,14 +215,16 @@ class Report(BaseModel):
     kept: Kept
     speedup: Gain
     parity: Parity
+    quantized: Quantized | None = Field(None, description="None: not asked for")
     split: SplitUsed
     frozen: dict[str, str] = Field(description="group -> why it could not be cut")
-    widths: dict[str, Width]
+    widths: dict[str, Channels]
     granularity: Literal["filter", "weight"] = Field(
         "filter", description="weight: single weights are 0 in place, `params` leaves them out, the file is sparse"
     )
     density: dict[str, Density] = Field(default_factory=dict, description="per layer, at granularity weight")
     density_log: tuple[Densities, ...] = Field((), description="of sparse training, in the order of its steps")
+    lambda_log: tuple[Lambdas, ...] = Field((), description="of a method whose lambda moves, in the order of its steps")
     dropped: tuple[str, ...] = Field((), description="modules that left as a whole, with their residual branch")
     unaligned: dict[str, int] = Field(description="group -> width that is no multiple of `block`")
     block: int = Field(description="channels that widths were rounded to")
@@ -204,6 +235,8 @@ class Report(BaseModel):
     strengths: tuple[Strength, ...] = Field((), description="of each penalty at the start of the first round")
     measurements: tuple[Measurement, ...] = Field(description="dense first, in the order of the files measured")
     speedups: tuple[Speedup, ...]
+    further: tuple[Comparison, ...] = Field((), description="the same files at other batches and by other runtimes")
+    sensitivity: Sensitivity | None = Field(None, description="what each group costs when cut alone, where measured")
     conditions: dict[str, Any] = Field(description="of the measurement")
     environment: dict[str, Any] = Field(description="of the training and the proof")
     data: dict[str, Any]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from compress.report import charts, words
+from compress.report import figures, over_time, words
+from compress.report.bundle import bundle, digest
+from compress.report.curves import curves, measures
+from compress.report.figures import Figure
 
 _TASKS = {  # by metric, as the Hub calls them
     "top1": ("image-classification", "Image classification"),
@@ -19,22 +23,57 @@ _TASKS = {  # by metric, as the Hub calls them
 }
 _FOLDER = Path(__file__).parent
 _MARKDOWN = re.compile(r"([\\`*_\[\]|~])")
-_NAMES = ("figure", "percent", "points", "count", "speed_words", "latency_conditions", "command", "wilson",
-          "strength_words")  # fmt: skip
+_NAMES = ("figure", "percent", "points", "count", "speed_words", "latency_conditions", "commands", "strength_words",
+          "phase_words", "file_words", "asked")  # fmt: skip
 
 
 def html(report: Mapping[str, Any]) -> str:
     """report.html: one file that needs no other and asks no network; everything inserted is escaped."""
-    page = environment(autoescape=True).get_template("report.html.j2")
-    spreads, axis = charts.latency(report)
-    drawn: dict[str, Any] = {
-        "training": charts.training(report),
-        "bars": charts.widths(report),
-        "spreads": spreads,
-        "axis": axis,
+    found = report.get("sensitivity")
+    plots = {
+        "latency": figures.latency(words.comparisons(report)),
+        "widths": () if words.is_in_place(report) else figures.widths(report),
+        "densities": figures.densities(report) if words.is_in_place(report) else (),
+        "training": over_time.training(report),
+        "over_steps": over_time.over_steps(report),
+        "sensitivity": curves(found) if found else (),
     }
-    drawn |= {"densities": charts.densities(report), "density_chart": charts.density_over_steps(report)}
-    return page.render(**_values(report), **drawn)
+    values = {
+        "commands": words.commands(report),
+        "frozen": words.by_reason(report["frozen"]),
+        "logs": {key: over_time.thinned(report[key]) for key in ("density_log", "lambda_log")},
+        "sensitivity_keys": measures(found) if found else [],
+    }
+    return page("report.html.j2", plots, {**_values(report), **values})
+
+
+def page(template: str, plots: Mapping[str, Sequence[Figure]], values: Mapping[str, Any]) -> str:
+    """A page with its plots, plotly.js in it, and a policy that lets two scripts run, known by their hashes.
+
+    Args:
+        plots: by the names that the template uses.
+    """
+    made = environment(autoescape=True)
+    script = made.get_template("draw.js.j2").render()
+    specs = {figure.name: _brief(figure.spec) for found in plots.values() for figure in found}
+    written = json.dumps(specs, allow_nan=False, separators=(",", ":"))
+    return made.get_template(template).render(
+        **values,
+        plots=plots,
+        specs=Markup(written.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")),
+        bundle=bundle(),
+        script=Markup(script),
+        script_digest=digest(script.encode()),
+    )  # in markup and in script alike, what users named stays text
+
+
+def _brief(value: Any) -> Any:
+    """Numbers as exact as a plot can show them: most of a page's own bytes are digits."""
+    if isinstance(value, Mapping):
+        return {key: _brief(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_brief(part) for part in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def card(report: Mapping[str, Any]) -> str:
@@ -55,7 +94,7 @@ def environment(*, autoescape: bool) -> Environment:
         keep_trailing_newline=True,
         finalize=None if autoescape else _markdown,
     )
-    made.filters.update({name: getattr(words, name) for name in _NAMES}, yaml=_yaml, phase=charts.phase_name)
+    made.filters.update({name: getattr(words, name) for name in _NAMES}, yaml=_yaml)
     return made
 
 
@@ -82,6 +121,7 @@ def _values(report: Mapping[str, Any]) -> dict[str, Any]:
         "title": _title(report),
         "metric": _metric(report),
         "limits": words.limits(report),
+        "comparisons": words.comparisons(report),
         "seconds": words.stage_times(report["seconds"]),
     }
 
@@ -128,21 +168,29 @@ def _size(report: Mapping[str, Any]) -> tuple[str, tuple[str, str]]:
 
 
 def _front(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The YAML in front of a model card. The licence is left out: nothing here knows it."""
-    source = report["recipe"]["data"]["source"]
-    name = words.without_folder(report["arch"])
+    """The YAML in front of a model card. The licence is left out: nothing here knows it.
+
+    The index holds the pruned network alone, since the Hub takes every result in it for the model's own.
+    """
+    name = re.split("[/:]", words.without_folder(report["arch"]))[-1]
+    model, source = report["recipe"]["model"], report["recipe"]["data"]["source"]
+    base = next((found for key in ("path", "arch") if (found := _on_the_hub(model[key]))), None)
     kind = "unstructured-pruning" if words.is_in_place(report) else "structured-pruning"
     return {
         "library_name": "onnx",
         "pipeline_tag": _TASKS.get(words.measured(report["pruned"]), _TASKS["top1"])[0],
         "tags": list(dict.fromkeys(("onnx", "pruning", kind, "compress-to-onnx", report["method"]))),
-        **({"datasets": [source.removeprefix("hf:")]} if source.startswith("hf:") else {}),
+        **({"base_model": base} if base else {}),
+        **({"datasets": [data]} if (data := _on_the_hub(source)) else {}),
         "metrics": [_figure_of(report["pruned"])[0]],
-        "model-index": [
-            {"name": f"{name}-{report['method']}", "results": [_result(report, report["pruned"])]},
-            {"name": f"{name}-dense", "results": [_result(report, report["dense"])]},
-        ],
+        "model-index": [{"name": f"{name}-{report['method']}", "results": [_result(report)]}],
     }
+
+
+def _on_the_hub(place: str | None) -> str | None:
+    """The repository or data set that `hf:NAME` names; None for a folder and for everything else."""
+    found = re.fullmatch(r"hf:([\w.-]+(/[\w.-]+)?)", place or "")
+    return found[1] if found else None
 
 
 def _figure_of(network: Mapping[str, Any]) -> tuple[str, str]:
@@ -152,15 +200,20 @@ def _figure_of(network: Mapping[str, Any]) -> tuple[str, str]:
     return known.get(name, (name, f"{name} (percent)"))
 
 
-def _result(report: Mapping[str, Any], network: Mapping[str, Any]) -> dict[str, Any]:
-    data, split, latency = words.without_folder(report["data"]["name"]), report["split"]["name"], network["latency_ms"]
-    where = words.latency_conditions(latency)
+def _result(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the pruned network reaches on the named split, what it costs, and its latency wherever it was measured."""
+    network, split = report["pruned"], report["split"]["name"]
+    data = words.without_folder(report["data"]["name"])
+    latencies = [found["measurements"][1]["latency"] for found in words.comparisons(report)]
     figures = [
         (*_figure_of(network), round(words.reached(network), 2)),
         ("parameters", "Parameters", network["params"]),
         ("macs", "MACs per image", network["macs"]),
         ("file_size", "ONNX file (bytes)", network["size_bytes"]),
-        ("latency", f"Median latency (ms), {where}", float(f"{latency['p50']:.3g}")),
+        *(
+            ("latency", f"Median latency (ms), {words.latency_conditions(one)}", float(f"{one['p50']:.3g}"))
+            for one in latencies
+        ),
     ]
     return {
         "task": dict(zip(("type", "name"), _TASKS.get(words.measured(network), _TASKS["top1"]), strict=True)),

@@ -105,6 +105,41 @@ def scaled(before: float, after: float, units: tuple[str, ...]) -> tuple[str, tu
     return units[step], (figure(before / 1000**step), figure(after / 1000**step))
 
 
+def phase_words(phase: str) -> str:
+    """How a phase is called on the page: round-1 -> round 1."""
+    return phase.replace("-", " ")
+
+
+def file_words(file: str) -> str:
+    """The two files of a run as what they are; another one by its name."""
+    return {"dense.onnx": "dense", "model.onnx": "pruned"}.get(Path(file).name, str(without_folder(file)))
+
+
+def asked(report: Mapping[str, Any]) -> str:
+    """What was to remain; of a latency also what does, since that is aimed at, and not met exactly."""
+    metric, wanted_ms = report["metric"], report["recipe"]["prune"].get("target_ms")
+    found = f"{100 * report['target']:.3g} % of the {METRICS.get(metric, metric)}"
+    if metric != "latency":
+        return found
+    before, after = (report[name]["latency_ms"]["p50"] for name in ("dense", "pruned"))
+    milliseconds = f" ({wanted_ms:g} ms)" if wanted_ms else ""
+    return f"{found}{milliseconds}; {percent(after / before)} is left"
+
+
+def by_reason(frozen: Mapping[str, str]) -> dict[str, list[str]]:
+    """Why groups could not be cut -> which: large networks have few reasons and many groups."""
+    found: dict[str, list[str]] = {}
+    for name, reason in frozen.items():
+        found.setdefault(reason, []).append(name)
+    return found
+
+
+def comparisons(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Every measurement of the same files: the headline's, then other batches and runtimes."""
+    headline = {key: report[key] for key in ("measurements", "speedups", "conditions")}
+    return [headline, *report.get("further", ())]
+
+
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
@@ -145,9 +180,10 @@ def limits(report: Mapping[str, Any]) -> list[str]:
             "What shrinks is the file. Loaded, the network has its old shapes, and ONNX Runtime multiplies by zeros as "
             "by any other number: MACs and memory stay, and no speed is claimed beyond what was measured here."
         )
+    named = "the runtimes and batches named" if report.get("further") else latency_conditions(pruned["latency_ms"])
     found.append(
-        f"Latency holds for {latency_conditions(report['pruned']['latency_ms'])} on the machine named here; other "
-        "hardware, runtimes and batch sizes have to be measured."
+        f"Latency holds for {named} on the machine named here; other hardware, runtimes and batch sizes have to be "
+        "measured."
     )
     if report["uncounted"]:
         found.append(f"The MACs leave out {', '.join(report['uncounted'])}, for which there is no count.")
@@ -173,6 +209,8 @@ def without_folder(value: Any) -> Any:
         return {key: without_folder(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [without_folder(part) for part in value]
+    if isinstance(value, str) and value.startswith("hf:"):
+        return f"hf:{without_folder(value[3:])}"
     if isinstance(value, str):
         for path in (PurePosixPath(value), PureWindowsPath(value)):
             if path.is_absolute():
@@ -180,12 +218,18 @@ def without_folder(value: Any) -> Any:
     return value
 
 
-def command(recipe: Mapping[str, Any]) -> str:
-    """The command line that repeats the run from the recipe beside the report; the checkpoint by its file name."""
-    model = recipe["model"]
-    words = ["compress", "prune", Path(str(without_folder(model["path"]))).name]
+def commands(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What each does, and the command lines that repeat the run from its folder; the checkpoint by its file name."""
+    model, latency = report["recipe"]["model"], report["pruned"]["latency_ms"]
+    prune = ["compress", "prune", Path(str(without_folder(model["path"]))).name]
     if model["arch"]:
-        words += ["--arch", str(without_folder(model["arch"]))]
+        prune += ["--arch", str(without_folder(model["arch"]))]
     for key, value in model["arch_args"].items():
-        words += ["--arch-arg", f"{key}={value}"]
-    return shlex.join([*words, "--recipe", "recipe.yaml"])
+        prune += ["--arch-arg", f"{key}={value}"]
+    bench = ["compress", "bench", "dense.onnx", "model.onnx", "--runtime", latency["runtime"]]
+    bench += ["--batch", str(latency["batch"]), "--threads", str(latency["threads"])]
+    return [
+        ("the whole run again", shlex.join([*prune, "--recipe", "recipe.yaml"])),
+        ("the proof again", "compress verify ."),
+        ("the measurement again", shlex.join(bench)),
+    ]

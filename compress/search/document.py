@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from compress.files import atomic_write
-from compress.plots import page
 from compress.recipe import Recipe
+from compress.report.listing import Listing, listing_page, over_log, points
 from compress.report.words import figure, metric_words
 from compress.search.proposals import best
 from compress.search.settings import Outcome, Search, fits
 
-LOOK = {"fits": ("#1b7f4b", "circle"), "does not fit": ("#c23b22", "x"), "given up": ("#999999", "triangle-down")}
+LOOK = {  # kind -> colour of style.css, plotly's symbol
+    "fits": ("var(--good)", "circle"),
+    "does not fit": ("var(--cut)", "x"),
+    "given up": ("var(--dense)", "triangle-down"),
+}
 
 
 def write(
@@ -65,38 +69,37 @@ def sentence(outcome: Outcome, wanted: Search, metric: str) -> str:
 
 def html(content: Mapping[str, Any]) -> str:
     """search.html: the drop over the share that remained, one point a trial."""
-    import plotly.graph_objects as go
-
-    drawn = go.Figure()
     name = metric_words(content["val_metric"])
+    traces = []
     for what, (colour, symbol) in LOOK.items():
         shown = [trial for trial in content["trials"] if trial["drop"] is not None and kind(trial) == what]
-        drawn.add_scatter(
-            x=[trial["reached"] for trial in shown],
-            y=[-trial["drop"] for trial in shown],
-            text=[f"trial {trial['number']}: {summary(trial['params'])}" for trial in shown],
-            mode="markers",
-            name=what,
-            marker={"color": colour, "symbol": symbol, "size": 11},
-        )
-    drawn.add_hline(y=-content["max_drop"], line_dash="dash", line_color="#555555")
-    drawn.update_xaxes(type="log", title=f"share of the {content['metric']} that remained")
-    drawn.update_yaxes(title=f"validation {name} against the dense network, points")
-    drawn.update_layout(template="plotly_white", margin={"t": 30, "r": 20}, legend={"orientation": "h", "y": 1.08})
+        texts = [f"trial {trial['number']}: {summary(trial['params'])}" for trial in shown]
+        x, y = [trial["reached"] for trial in shown], [-trial["drop"] for trial in shown]
+        traces.append(points(x, y, what, colour=colour, texts=texts, marker={"symbol": symbol}))
+    drawn = over_log(
+        "trials",
+        "Trials",
+        traces,
+        x=f"share of the {content['metric']} that remained",
+        y=f"validation {name} against the dense network, points",
+        line=-content["max_drop"],
+    )
     rows = [
         (
             str(trial["number"]),
             summary(trial["params"]),
             "" if trial["reached"] is None else figure(trial["reached"]),
             "" if trial["val"] is None else f"{trial['val']:.2f}",
-            "" if trial["drop"] is None else f"{-trial['drop']:+.2f}",
+            "" if trial["drop"] is None else f"{0 - trial['drop']:+.2f}",
             "won" if trial["number"] == content["winner"] else kind(trial),
             f"{trial['seconds']:.0f}",
         )
         for trial in content["trials"]
     ]
     header = ("trial", "tried", f"{content['metric']} left", f"validation {name} (%)", "points", "", "seconds")
-    return page("Search within an accuracy budget", [verdict(content)], [drawn], header=header, rows=rows)
+    notes = ["Above the dashed line a network is within the budget. Pointing at a point names what was tried."]
+    what_for = Listing("Search within an accuracy budget", verdict(content), notes, header, rows)
+    return listing_page(what_for, [drawn])
 
 
 def verdict(content: Mapping[str, Any]) -> str:
@@ -109,7 +112,7 @@ def verdict(content: Mapping[str, Any]) -> str:
     won = next((trial for trial in content["trials"] if trial["number"] == content["winner"]), None)
     if won is None:
         return f"None of {count} trials is {asked}."
-    moved = f"{-won['drop']:+.2f} points"
+    moved = f"{0 - won['drop']:+.2f} points"
     return f"The smallest of {count} trials {asked} keeps {figure(won['reached'])} of the {content['metric']}: {moved}."
 
 

@@ -11,8 +11,7 @@ from compress.train.evaluate import evaluate as evaluate
 from compress.train.evaluate import recalibrate as recalibrate
 from compress.train.feed import Feed as Feed
 from compress.train.loop import finetune as finetune
-from compress.train.loop import numbers as numbers
-from compress.train.loop import schedule as schedule
 from compress.train.settings import Outcome as Outcome
 from compress.train.settings import Progress as Progress
 from compress.train.settings import Settings as Settings
+from compress.train.settings import schedule as schedule

@@ -13,7 +13,7 @@ import io
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,17 +26,18 @@ from compress.data import Loader
 from compress.errors import DivergedError, PruneError, UsageError
 from compress.example import Example
 from compress.files import atomic_path
-from compress.regularize import Regularizer
+from compress.regularize import Regularizer, lambdas, numbers
 from compress.train.device import seeded
 from compress.train.evaluate import evaluate, predict
 from compress.train.feed import Feed
 from compress.train.objective import Losses, shared
-from compress.train.settings import Outcome, Progress, Settings
+from compress.train.settings import Outcome, Progress, Settings, schedule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
+LAMBDAS = 40  # how often a phase looks at a lambda that moves: enough for a line
 LEAST_LOSS = 0.1  # of the loss of guessing, ln(classes); see _Phase.calibrate
 
 
@@ -75,6 +76,7 @@ def finetune(
         model.compile()
     try:
         outcome, start = phase.restore(state)
+        phase.lambda_log = outcome.lambda_log
         if start == 0:
             outcome.strengths = phase.calibrate()
         best = phase.best
@@ -137,6 +139,7 @@ class _Phase:
         # a hook, so that masks (regularize/masks.py), which torch calls first, have been laid on what is measured here
         self._clipping = self.optimizer.register_step_pre_hook(lambda *_: self._clip())
         self._looks_always = device.device.type == "cpu" and ranks.world() == 1
+        self.lambda_log: list[tuple[int, dict[str, float]]] = []
         self._rate = 0.0  # images per second, of all processes
         self._pace = 0.0  # steps per second
 
@@ -154,6 +157,7 @@ class _Phase:
             if self.taught is not None:
                 self.losses.taught = self.taught[positions[step].to(self.taught.device)]
             task, penalty = self._step(epoch * self.steps + step, images, labels)
+            self._look(epoch * self.steps + step)
             seen += self.settings.task.size(labels)
             sums += torch.stack((task, penalty))
             # on a GPU, or among several processes, only every 16 steps: looking at the loss waits for them
@@ -258,6 +262,11 @@ class _Phase:
             regularizer.after_step()
         return task, extra
 
+    def _look(self, step: int) -> None:
+        total = self.settings.epochs * self.steps
+        if (step % max(1, total // LAMBDAS) == 0 or step == total - 1) and (found := lambdas(self.regularizers)):
+            self.lambda_log.append((step + 1, found))
+
     def _clip(self) -> None:
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
 
@@ -269,13 +278,6 @@ class _Phase:
             f"the loss became NaN or infinite in {self.settings.phase} {where}; {kept}; start again with a lower "
             "train.lr or prune.penalty_share (--set train.lr=0.01)"
         )
-
-
-def schedule(done: float, warmup: float) -> float:
-    """The learning rate as a share of its peak, after `done` of all steps: linear warm-up, then half a cosine."""
-    if done < warmup:
-        return (done + 1e-3) / (warmup + 1e-3)
-    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
 def _parameter_groups(
@@ -292,8 +294,3 @@ def _parameter_groups(
         if own:
             groups.append({"params": own, "weight_decay": getattr(regularizer, "lambda_weight_decay", 0.0)})
     return [group for group in groups if group["params"]]
-
-
-def numbers(state: Mapping[str, Any]) -> dict[str, float]:
-    """The plain numbers of a regulariser's state: its strengths and counters, as JSON takes them."""
-    return {name: value for name, value in state.items() if isinstance(value, int | float)}

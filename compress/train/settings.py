@@ -1,10 +1,18 @@
-"""What a phase of training is told, and what it says: settings, progress, outcome."""
+"""What a phase of training is told, and what it says: settings, schedule, progress, outcome."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from compress.task import CLASSIFICATION, Task
+
+
+def schedule(done: float, warmup: float) -> float:
+    """The learning rate as a share of its peak, after `done` of all steps: linear warm-up, then half a cosine."""
+    if done < warmup:
+        return (done + 1e-3) / (warmup + 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
 @dataclass(frozen=True)
@@ -53,3 +61,4 @@ class Outcome:
     best_epoch: int = -1
     last_top1: float = -1.0
     strengths: list[dict[str, float]] = field(default_factory=list)
+    lambda_log: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # step, and lambda by group

@@ -1,0 +1,24 @@
+"""The stage that quantises: the pruned file at lower precision, where the recipe asks for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compress import inputs
+from compress.pipeline.context import Run
+from compress.quantize import Setting, images_of, record
+from compress.quantize import quantize as make
+
+
+def quantize(run: Run) -> dict[str, Any]:
+    """The pruned file again at lower precision, judged on the same split and measured beside it."""
+    part, bench = run.recipe.quantize, run.recipe.bench
+    assert part.to != "none"
+    setting = Setting(
+        part.to, part.calibration, batch=bench.batch, threads=bench.threads, runtime=bench.runtime, seed=run.recipe.seed
+    )
+    images = images_of(run.data, inputs.normalisation(run.info), count=part.images, seed=run.recipe.seed)
+    source = run.folder.path / "model.onnx"
+    made = make(source, source.with_suffix(f".{part.to}.onnx"), setting, images=images, task=run.task)
+    record(run.folder.path, made)
+    return made.model_dump(mode="json")
