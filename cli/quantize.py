@@ -31,8 +31,8 @@ def quantize(
     to: Annotated[str, typer.Option("--to", help="int8 (static, for CPUs) or fp16 (for GPUs)")] = "int8",
     data: options.Data = None,
     calibration: Annotated[
-        str, typer.Option("--calibration", help="entropy, minmax or percentile: how int8 finds its ranges")
-    ] = "entropy",
+        str, typer.Option("--calibration", help="minmax, entropy or percentile: how int8 finds its ranges")
+    ] = "minmax",
     images: Annotated[int, typer.Option("--images", min=1, help="Of the train split, for the ranges")] = 256,
     max_drop: Annotated[
         float | None, typer.Option("--max-drop", min=0, metavar="POINTS", help="Exit code 7 where it loses more")
@@ -117,12 +117,13 @@ def _data(info: ModelInfo, asked: _Asked, data: str | None, task: Task) -> tuple
 
 
 def _runtime(name: str) -> Any:
-    from compress.bench import available
+    """One of those that take ONNX files, seen to be active before any work is done."""
+    from compress.bench import RUNTIMES
     from compress.errors import MeasureError
 
-    known = available()
-    if reason := known[_one_of("--runtime", name, list(known))]:
-        raise MeasureError(f"--runtime {name} cannot be measured here: {reason}")
+    adapter = RUNTIMES[_one_of("--runtime", name, [key for key, one in RUNTIMES.items() if one.takes is Path])]
+    if reason := adapter.inactive():
+        raise MeasureError(f"--runtime {name} cannot be measured here: {reason}; {adapter.remedy}")
     return name
 
 
@@ -153,3 +154,5 @@ def _show(made: Quantized) -> None:
     same = "" if near.top1_agreement is None else f", same top-1 on {near.top1_agreement:.2f} %"
     view.note(f"{', '.join(told)}; on {near.images:,} validation images {noise}{same}")
     view.note(made.verdict)
+    for warning in made.conditions.get("warnings", ()):
+        view.note(warning)

@@ -230,7 +230,7 @@ def test_the_report_of_a_run_in_a_real_browser(pruned_run: tuple[Path, Any]) -> 
     assert path.stat().st_size < 5_000_000
     with visit(path) as seen:
         light = seen.figures()
-        names = ["latency-0", "widths", "accuracy", "loss", "lambda"]
+        names = ["latency-0", "latency-1", "widths", "accuracy", "loss", "lambda"]
         assert [figure["name"] for figure in light] == names
         dark, phone = seen.figures(is_dark=True), seen.figures(width=390)
         for figure in (*light, *dark, *phone):

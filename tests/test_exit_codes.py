@@ -28,7 +28,16 @@ PRUNE = ["prune", MODEL, "--dry-run"]
         ([*PRUNE, "--target", "1.5"], "prune.keep = 1.5: input should be less than or equal to 1"),
         ([*PRUNE, "--round-to", "foo"], "prune.round_to = 'foo': input should be a valid integer"),
         ([*PRUNE, "--round-to", "0"], "prune.round_to = 0: input should be greater than or equal to 1"),
-        ([*PRUNE, "--metric", "flops"], "prune.metric = 'flops': input should be 'params', 'macs' or 'size'"),
+        (
+            [*PRUNE, "--metric", "flops"],
+            "prune.metric = 'flops': input should be 'params', 'macs', 'size' or 'latency'",
+        ),
+        (
+            [*PRUNE, "--target-ms", "2", "--metric", "macs"],
+            "--target-ms is a latency in place of --target",
+        ),
+        ([*PRUNE, "--on", "gpu:0"], "--on 'gpu:0': the runtime 'gpu' is unknown; there are ort-cpu, ort-cuda"),
+        ([*PRUNE, "--on", "ort-cpu:2"], "--on 'ort-cpu:2' is not of the form RUNTIME:threads=N:batch=N"),
         ([*PRUNE, "--set", "train.nope=1"], "the recipe has no key 'train.nope'"),
         ([*PRUNE, "--set", "nope"], "--set 'nope' is not of the form section.key=value"),
         ([*PRUNE, "--set", "train.lr=[1"], "--set 'train.lr=[1': '[1' is no YAML value"),
@@ -42,6 +51,7 @@ PRUNE = ["prune", MODEL, "--dry-run"]
         (["eval", MODEL, "--split", "nope"], "--split nope is unknown; there are test, val and train"),
         (["eval", "x.onnx", "--arch", "resnet20"], "--arch is for checkpoints; x.onnx holds its network"),
         (["export", MODEL, "--out", "x.pt"], "--out x.pt must end in .onnx"),
+        (["bench"], "there is nothing to measure: name ONNX files"),
         (["bench", "x.onnx", "--batch", "1,zero"], "--batch '1,zero' is not of the form N or N,N,..."),
         (["bench", "x.onnx", "--runtime", "nope"], "--runtime nope is unknown; there are ort-cpu, ort-cuda"),
     ],
@@ -53,7 +63,7 @@ def test_usage_errors_end_with_2(arguments: list[str], text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["prune"], ["prune", MODEL, "--nope"], ["nope"], ["bench"], ["inspect", MODEL, "--input-size", "x"]]
+    "arguments", [["prune"], ["prune", MODEL, "--nope"], ["nope"], ["inspect", MODEL, "--input-size", "x"]]
 )
 def test_what_typer_refuses_ends_with_2(arguments: list[str]) -> None:
     result = call(*arguments)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from compress.aim import TOLERANCE
 from compress.checkpoint import read
 from compress.errors import RunFolderError, TargetError, UsageError
 from compress.folder import RunFolder
@@ -161,6 +162,25 @@ def test_a_network_of_ones_own_is_pruned_by_file_size_and_resumed_from_elsewhere
     assert "cut to" in (out / "log.txt").read_text()
 
 
+@pytest.mark.alone
+def test_a_latency_is_met_on_the_runtime_named(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "run"
+    given = ["--metric", "latency", "--target", "0.6", "--on", "ort-cpu:batch=4", "--epochs", "1", "--out", str(out)]
+    given += ["--set", "bench.batches=[4]", "--set", "train.compile=off", "--round-to", "4"]
+    finish(start(root, "prune", "models/digits_resnet20.pt", *given, "-q"))
+    report = json.loads((out / "report.json").read_text())
+    plan = json.loads((out / "state" / "round-1.json").read_text())["plan"]
+    assert plan["tries"][-1]["measured"] == pytest.approx(plan["reached"]) == pytest.approx(0.6, rel=TOLERANCE)
+    assert report["metric"] == "latency" and report["target"] == 0.6
+    latency = report["pruned"]["latency_ms"]
+    assert (latency["batch"], latency["runtime"]) == (4, "ort-cpu")
+    assert 0.5 < 1 / report["speedup"]["value"] < 0.72  # another measurement, on a machine that may not be quiet
+    slower = ["--target-ms", str(2 * report["dense"]["latency_ms"]["p50"]), "--on", "ort-cpu:batch=4", "--dry-run"]
+    refused = start(root, "prune", "models/digits_resnet20.pt", *slower, "-q")
+    assert "the dense network takes" in refused.communicate(timeout=120)[1] and refused.returncode == 2
+
+
 def test_the_control_has_the_pruned_shapes_and_fresh_weights(root: Path, tmp_path: Path) -> None:
     given = ["--target", "0.5", "--epochs", "1", "--set", "data.image_size=8", "--out", str(tmp_path / "run"), "-q"]
     given += ["--set", "bench.batches=[1]"]
@@ -273,7 +293,7 @@ class TestRecipe:
             (
                 {"model": {"path": "m"}, "prune": {"metric": "flops"}},
                 [],
-                "prune.metric = 'flops': input should be 'params', 'macs' or 'size'",
+                "prune.metric = 'flops': input should be 'params', 'macs', 'size' or 'latency'",
             ),
         ],
     )

@@ -267,7 +267,7 @@ def test_the_command_on_a_run_and_on_a_file(run_folder: tuple[Path, Any], tmp_pa
     [
         (["--to", "int4"], 2, "--to int4 is unknown; there are int8, fp16"),
         (["--calibration", "x"], 2, "--calibration x is unknown; there are minmax, entropy, percentile"),
-        (["--runtime", "x"], 2, "--runtime x is unknown; there are ort-cpu"),
+        (["--runtime", "torch-cpu"], 2, "--runtime torch-cpu is unknown; there are ort-cpu, ort-cuda"),
         (["--out", "x.pt"], 2, "--out x.pt must end in .onnx"),
         ([], 3, "the file names no data set: give --data"),
     ],

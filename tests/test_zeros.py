@@ -140,8 +140,11 @@ def test_the_pages_speak_of_the_file_and_claim_no_speed(finished: tuple[Path, di
     assert "<h2>Density</h2>" in html and "<h2>Widths</h2>" not in html and "MACs that remain" not in html
     assert "halo: xi " in html and "calibrated to 10.0 % of the task loss" in html
     assert "round-1: halo: xi" in (finished[0] / "log.txt").read_text()
-    report["density_log"] = [{"step": step, "layers": {"0.weight": 0.5, "3.weight": 0.1}} for step in (0, 5)]
-    assert "Density per layer" in pages.html(report) and "3.weight, step 5: density 0.100" in pages.html(report)
+    report["density_log"] = [
+        {"round": 1, "step": step, "layers": {"0.weight": 0.5, "3.weight": 0.1}} for step in (0, 5)
+    ]
+    html = pages.html(report)
+    assert "Density per layer" in html and '"name":"3.weight"' in html and "<td>0.100</td>" in html
 
 
 def test_killed_and_resumed_it_ends_with_the_same_weights(

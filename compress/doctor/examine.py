@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,6 +74,7 @@ def examine(
     conditions = machine.describe() | {
         "batch": asked.batch, "threads": asked.threads, "runtime": asked.runtime, "runs": asked.runs,
         "block": evidence.block, "floor_ms": evidence.floor_ms, "pinned_cpus": list(cpus) if cpus else None,
+        "load_average": [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     return Diagnosis(

@@ -16,6 +16,8 @@ from compress.report.words import figure, file_words, latency_conditions, speed_
 
 LONGEST = 20  # characters of a name beside an axis: on a phone the rest is for the bars
 STYLES = ("dense", "pruned", "train", "cut")  # of the files of one measurement, in their order
+DIGITS = [[round(place * step, 1) for place in range(round(1 / step), round(10 / step))] for step in (0.1, 0.2, 0.5, 1)]
+DIGITS += [[1, 2, 5], [1]]  # first digits of ticks on a logarithmic axis
 Spec = dict[str, Any]
 
 
@@ -68,19 +70,16 @@ def shade(place: int, count: int) -> str:
 
 
 def log_axis(values: Iterable[float | None]) -> Spec:
-    """A logarithmic axis around the values above 0, with at most seven ticks at 1, 2 and 5 or at powers of ten."""
+    """A logarithmic axis around the values above 0, with at most seven round ticks, as close as that allows."""
     drawn = [value for value in values if value is not None and value > 0] or [1.0]
     low, high = math.log10(min(drawn)), math.log10(max(drawn))
     room = max(0.04, 0.06 * (high - low))
     low, high = low - room, high + room
-    inside = [
-        [float(f"{digit}e{power}") for power in range(math.floor(low), math.ceil(high) + 1) for digit in digits]
-        for digits in (range(1, 10), (1, 2, 5), (1,))
-    ]
-    ticks = [[value for value in found if low <= math.log10(value) <= high] for found in inside]
-    few = next((found for found in ticks if len(found) <= 7), ticks[-1][:: len(ticks[-1]) // 7 + 1])
-    axis = {"type": "log", "range": [low, high]}
-    return {**axis, "tickvals": few, "ticktext": [f"{value:g}" for value in few]} if few else {**axis, "nticks": 4}
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    rows = [[value for power in powers for d in digits if low <= math.log10(value := float(f"{d}e{power}")) <= high]
+            for digits in DIGITS]  # fmt: skip
+    few = next((row for row in rows if len(row) <= 7), rows[-1][:: len(rows[-1]) // 7 + 1])
+    return {"type": "log", "range": [low, high], "tickvals": few, "ticktext": [f"{value:g}" for value in few]}
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,7 @@ def _values(report: Mapping[str, Any]) -> dict[str, Any]:
         "metric": _metric(report),
         "limits": words.limits(report),
         "comparisons": words.comparisons(report),
+        "disturbances": words.disturbances(report),
         "seconds": words.stage_times(report["seconds"]),
     }
 

@@ -8,7 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-RUNTIMES = {"ort-cpu": "ONNX Runtime CPU", "ort-cuda": "ONNX Runtime CUDA"}
+RUNTIMES = {
+    "ort-cpu": "ONNX Runtime CPU", "ort-cuda": "ONNX Runtime CUDA", "ort-tensorrt": "ONNX Runtime TensorRT",
+    "openvino": "OpenVINO", "torch-cpu": "torch on CPU", "torch-compile-cpu": "torch compiled for CPU",
+    "torch-cuda": "torch on CUDA", "torch-compile-cuda": "torch compiled for CUDA",
+}  # fmt: skip
 METRICS = {"params": "parameters", "macs": "MACs", "size": "bytes"}
 MEASURED = {"top1": "top-1", "miou": "mean IoU"}  # the metrics of our tasks
 _KEYS = {"params": "params", "macs": "macs", "size": "size_bytes"}
@@ -112,7 +116,9 @@ def phase_words(phase: str) -> str:
 
 def file_words(file: str) -> str:
     """The two files of a run as what they are; another one by its name."""
-    return {"dense.onnx": "dense", "model.onnx": "pruned"}.get(Path(file).name, str(without_folder(file)))
+    known = {"dense.onnx": "dense", "model.onnx": "pruned"}
+    known |= {"dense.safetensors": "dense", "pruned.safetensors": "pruned"}
+    return known.get(Path(file).name, str(without_folder(file)))
 
 
 def asked(report: Mapping[str, Any]) -> str:
@@ -138,6 +144,15 @@ def comparisons(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Every measurement of the same files: the headline's, then other batches and runtimes."""
     headline = {key: report[key] for key in ("measurements", "speedups", "conditions")}
     return [headline, *report.get("further", ())]
+
+
+def disturbances(report: Mapping[str, Any]) -> list[str]:
+    """What disturbed the measurements, each said once with its runtime and batch."""
+    return [
+        f"{latency_conditions(found['measurements'][0]['latency'])}: {warning}"
+        for found in comparisons(report)
+        for warning in found["conditions"].get("warnings", ())
+    ]
 
 
 def count(number: int, noun: str) -> str:
@@ -180,7 +195,7 @@ def limits(report: Mapping[str, Any]) -> list[str]:
             "What shrinks is the file. Loaded, the network has its old shapes, and ONNX Runtime multiplies by zeros as "
             "by any other number: MACs and memory stay, and no speed is claimed beyond what was measured here."
         )
-    named = "the runtimes and batches named" if report.get("further") else latency_conditions(pruned["latency_ms"])
+    named = "these runtimes and batches" if report.get("further") else latency_conditions(pruned["latency_ms"])
     found.append(
         f"Latency holds for {named} on the machine named here; other hardware, runtimes and batch sizes have to be "
         "measured."
@@ -227,7 +242,8 @@ def commands(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     for key, value in model["arch_args"].items():
         prune += ["--arch-arg", f"{key}={value}"]
     bench = ["compress", "bench", "dense.onnx", "model.onnx", "--runtime", latency["runtime"]]
-    bench += ["--batch", str(latency["batch"]), "--threads", str(latency["threads"])]
+    batches = dict.fromkeys(str(one["measurements"][0]["latency"]["batch"]) for one in comparisons(report))
+    bench += ["--batch", ",".join(batches), "--threads", str(latency["threads"])]
     return [
         ("the whole run again", shlex.join([*prune, "--recipe", "recipe.yaml"])),
         ("the proof again", "compress verify ."),

@@ -1,0 +1,126 @@
+"""The first stage: what can be known, and refused, before any training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress import cost, train
+from compress.aim import dense_latency
+from compress.data import Loader
+from compress.errors import UsageError
+from compress.groups import Group, trace
+from compress.pipeline import timing, zeros
+from compress.pipeline.context import Run
+from compress.pipeline.export import write_onnx
+from compress.pipeline.rounds import make_regularizers
+from compress.pipeline.widths import branches_of, select_as, sensitivity_of
+from compress.recipe import Recipe
+from compress.regularize import REGULARIZERS
+from compress.sensitivities import read
+from compress.task import Classification
+
+
+def epochs(recipe: Recipe, steps_per_epoch: int) -> tuple[list[int], int]:
+    """How the epochs are spent: sparse epochs of each round, recovery epochs.
+
+    Raises:
+        UsageError: fewer epochs than rounds and recovery need.
+    """
+    prune, part = recipe.prune, recipe.train
+    total = part.epochs or max(6, -(-1500 // steps_per_epoch))
+    trains = prune.method in REGULARIZERS or prune.regularize or prune.rounds > 1
+    if not trains:
+        return [0], total
+    sparse = min(max(prune.rounds, round(total * part.sparse_share)), total - 1)
+    if sparse < prune.rounds:
+        raise UsageError(
+            f"train.epochs = {total} is too few: {prune.method} needs an epoch for each of {prune.rounds} rounds "
+            "and one to recover; ask for more epochs"
+        )
+    each, rest = divmod(sparse, prune.rounds)
+    return [each + (i < rest) for i in range(prune.rounds)], total - sparse
+
+
+def prepare(run: Run) -> dict[str, Any]:
+    """Trace and price the dense network, judge it, and see that the target is within reach before any training."""
+    example = run.example()
+    train.check_output(run.dense, example, run.task, run.data.labels)
+    _check_score(run)
+    if zeros.is_fine(run.recipe):
+        zeros.check(run.recipe, run.dense)
+    make_regularizers(run.recipe, {})
+    groups = trace(run.dense, example)
+    costs = cost.measure(run.dense, example)
+    beside = _beside_weights(run, costs) if run.recipe.prune.metric == "size" else 0.0
+    costs = replace(costs, fixed={**costs.fixed, "size": beside})
+    dense_ms = _dense_latency(run)
+    keep = timing.share(run.recipe, dense_ms)
+    if run.recipe.prune.sensitivity:
+        run.write("sensitivity.json", read(Path(run.recipe.prune.sensitivity)).model_dump(mode="json"))
+    if not zeros.is_fine(run.recipe):
+        _check_reach(run, groups, timing.priced(run, costs, dense_ms or 0.0), keep)
+    accuracy, loss = run.evaluate(run.dense)
+    loader = run.loader(run.data.train, train=True)
+    sparse, recover = epochs(run.recipe, len(loader))
+    counted = {metric: costs.total(metric) for metric in cost.METRICS} | ({"latency": dense_ms} if dense_ms else {})
+    return {
+        "dense": {**counted, "val_top1": accuracy, "val_loss": loss},
+        "keep": keep,
+        "beside_weights": beside,
+        "widths": {group.name: group.size for group in groups},
+        "layers": {group.name: _writers(group) for group in groups},
+        "frozen": {group.name: group.frozen for group in groups if group.frozen},
+        "uncounted": list(costs.unknown),
+        "epochs": {"sparse": sparse, "recover": recover},
+        "compile": _is_compiled(run, loader, max(1, min(*sparse, recover))),
+    }
+
+
+def _check_score(run: Run) -> None:
+    """`obd-c` draws labels from the outputs, one per image."""
+    prune = run.recipe.prune
+    if "obd-c" in (prune.score, prune.method) and not isinstance(run.task, Classification):
+        raise UsageError(f"the score obd-c is for classification, not for {run.task.name}; take hessian instead")
+
+
+def _check_reach(run: Run, groups: Sequence[Group], costs: cost.Costs, keep: float) -> None:
+    """See that widths for the target exist, whichever channels will be the important ones."""
+    even, whole = {group.name: torch.ones(group.size) for group in groups}, costs.total(run.recipe.prune.metric)
+    found, may_leave = sensitivity_of(run), branches_of(run, run.dense)
+    select_as(run.recipe, groups, even, costs, keep=keep, whole=whole, found=found, may_leave=may_leave)
+
+
+def _beside_weights(run: Run, costs: cost.Costs) -> float:
+    """Bytes of the dense ONNX file that are no weights: the graph, names, metadata."""
+    path = run.folder.path / "dense.onnx"
+    write_onnx(run, copy.deepcopy(run.dense), path, "dense")
+    return float(path.stat().st_size - costs.total("size"))
+
+
+def _dense_latency(run: Run) -> float | None:
+    """Milliseconds of the dense network where they are what the target is about."""
+    if not timing.is_timed(run.recipe):
+        return None
+    path = run.folder.path / "dense.onnx"
+    write_onnx(run, copy.deepcopy(run.dense), path, "dense")
+    return dense_latency(path, on=timing.where(run.recipe), seed=run.recipe.seed)
+
+
+def _writers(group: Group) -> list[str]:
+    """The layers whose outputs a group's channels are, depthwise ones and norms included."""
+    return sorted({part.name.rpartition(".")[0] for part in group.slices if part.dim == 0})
+
+
+def _is_compiled(run: Run, loader: Loader, count: int) -> bool:
+    """Whether the phases are compiled: decided once and kept, so that a resumed run computes the same numbers."""
+    if run.recipe.train.compile != "auto":
+        return run.recipe.train.compile == "on"
+    return train.compile_pays(
+        run.on_device(copy.deepcopy(run.dense)), loader, epochs=count, device=run.device, task=run.task
+    )
