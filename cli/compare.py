@@ -93,7 +93,6 @@ def _finish(out: Path, grid: Grid, queue: Any) -> dict[str, Any]:
 
     from compress import comparison
     from compress.comparison import grid as grids
-    from compress.comparison.document import table
     from compress.recipe import make
 
     outcomes, failures = queue.outcomes(), queue.failures()
@@ -107,8 +106,7 @@ def _finish(out: Path, grid: Grid, queue: Any) -> dict[str, Any]:
             latency = comparison.measure(out, named, bench=bench, on_progress=told)
         content = comparison.document(grid, outcomes, failures, latency)
         comparison.write(out, content)
-    header, rows = table(content)
-    view.table("mean and spread over the seeds", header, rows)
+    _table(content)
     for run, why in content["failed"].items():
         view.hint(f"failed: {run}: {why}")
     missing = sorted({run["run"] for run in content["runs"]} - set(latency["files"]))
@@ -118,6 +116,27 @@ def _finish(out: Path, grid: Grid, queue: Any) -> dict[str, Any]:
         view.note(f"{Path(model).stem}: {verdict['sentence']}")
     view.note(f"{out / 'compare.html'}")
     return content
+
+
+def _table(content: Mapping[str, Any]) -> None:
+    """One row a method and target; compare.html has it in full."""
+    is_one = len(content["grid"]["models"]) == 1
+    rows = []
+    for row in content["rows"]:
+        value, latency, gain = row["value"], row["latency_ms"], row["speedup"]
+        rows.append(
+            (
+                row["method"] if is_one else f"{Path(row['model']).stem}: {row['method']}",
+                "" if row["target"] is None else f"{row['target']:g}",
+                str(row["n"]),
+                f"{value['mean']:.2f} ({value['high'] - value['low']:.2f})",
+                view.figure(row["kept"]["params"]),
+                "" if latency is None else view.figure(latency["mean"]),
+                "" if gain is None else f"{view.figure(gain['mean'])}x",
+            )
+        )
+    header = ("method", "target", "n", "% (spread)", "params left", "ms", "faster")
+    view.table("mean (largest less smallest) over the seeds", header, rows)
 
 
 class Children:

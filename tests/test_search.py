@@ -170,6 +170,7 @@ def recipe_of(**train: object) -> Recipe:
             "prune": {"round_to": 1},
             "train": {"epochs": 2, "compile": "off", **train},
             "device": "cpu",
+            "bench": {"batches": [1]},
         }
     )
 
@@ -188,14 +189,14 @@ class TestSearch:
     def test_stopped_in_a_trial_and_continued_it_finds_the_same_network(
         self, trained: nn.Module, tmp_path: Path
     ) -> None:
-        recipe, wanted = recipe_of(), Search(max_drop=8.0, trials=3)
+        recipe, wanted = recipe_of(), Search(max_drop=8.0, trials=2)
         whole = search(recipe, trained, INFO, wanted=wanted, folder=begin(tmp_path / "whole", recipe))
 
         def stop(event: Any) -> None:
             at = event.progress
             if event.stage == "recover" and at is not None and at.top1 is not None:
                 heard.append(at.epoch)
-                if len(heard) == 4:  # the second trial's last epoch but one
+                if len(heard) == 3:  # the second trial's last epoch but one
                     raise KeyboardInterrupt
 
         heard: list[int] = []
@@ -307,6 +308,7 @@ class TestCommandLine:
 
     def test_from_the_dry_run_to_another_trial(self, files: list[str], tmp_path: Path) -> None:
         given = [*files, "--epochs", "1", "--set", "data.image_size=8", "--round-to", "1", "--device", "cpu"]
+        given += ["--set", "bench.batches=[1]"]
         budget = ["--max-drop", "90", "--out", tmp_path / "run"]
         plan = answer("prune", *given, *budget, "--dry-run", "-q")
         assert plan["ladder"][:2] == [0.5, 0.25] and not (tmp_path / "run").exists()

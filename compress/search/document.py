@@ -106,7 +106,8 @@ def verdict(content: Mapping[str, Any]) -> str:
     """The search in one sentence."""
     dense = "as given" if content["against"] == "given" else "fine-tuned for as long"
     count = len(content["trials"])
-    asked = f"within {content['max_drop']:g} points of the dense network {dense}"
+    points = f"{content['max_drop']:g} point{'s' if content['max_drop'] != 1 else ''}"
+    asked = f"within {points} of the dense network {dense}"
     if content["reference"] is not None:
         asked += f" ({content['reference']:.2f} % on validation)"
     won = next((trial for trial in content["trials"] if trial["number"] == content["winner"]), None)
