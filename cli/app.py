@@ -15,6 +15,7 @@ import typer
 from compress import ranks
 from compress.cli import view
 from compress.cli.bench import bench
+from compress.cli.compare import compare
 from compress.cli.doctor import doctor
 from compress.cli.evaluate import evaluate
 from compress.cli.export import export
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "quantize": quantize,
     "bench": bench,
+    "compare": compare,
     "doctor": doctor,
     "verify": verify,
     "report": report,

@@ -1,16 +1,17 @@
-"""compress prune and compress resume: the whole run."""
+"""compress prune and compress resume: the whole run, or a search for one."""
 
 from __future__ import annotations
 
 import hashlib
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from compress.cli import options, view
+from compress.cli import options, search, view
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from compress.checkpoint import ModelInfo
     from compress.folder import RunFolder
     from compress.recipe import Recipe
+    from compress.search import Search
 
 Text = Optional[str]  # noqa: UP045  typer reads annotations at run time
 Number = Optional[float]  # noqa: UP045
@@ -38,6 +40,9 @@ def prune(
     on: Annotated[
         Text, typer.Option("--on", metavar="RUNTIME:threads=N:batch=N", help="Where latency is measured")
     ] = None,
+    max_drop: search.MaxDrop = None,
+    trials: search.Trials = None,
+    against: search.Against = None,
     granularity: Annotated[
         Text, typer.Option("--granularity", help="filter: channels leave; weight: single weights become 0 in place")
     ] = None,
@@ -88,9 +93,9 @@ def prune(
     model, arch = load.located(model, arch)
     given: dict[str, dict[str, Any]] = {
         "model": {
-            "path": str(model.absolute()), "arch": _absolute_code(arch), "arch_args": parse_arch_args(arch_arg or []),
+            "path": str(model.absolute()), "arch": absolute_code(arch), "arch_args": parse_arch_args(arch_arg or []),
         },
-        "data": {"source": _absolute(data)},
+        "data": {"source": absolute(data)},
         "prune": {
             "method": method, "keep": target, "metric": metric, "score": score, "regularize": regularize,
             "granularity": granularity, "drop_blocks": drop_blocks or None, "target_ms": target_ms,
@@ -99,14 +104,19 @@ def prune(
         "train": {"epochs": epochs},
         "quantize": {"to": quantize},
         "bench": asdict(parse_on(on)) if on else {},
-        "": {"task": _absolute_code(task), "seed": seed, "device": device, "threads": threads},
+        "": {"task": absolute_code(task), "seed": seed, "device": device, "threads": threads},
     }  # fmt: skip
     is_begun = resume and ranks.first(lambda: out is not None and (out / "recipe.yaml").is_file())
-    checked = _recipe(recipe, given, set_ or [], out if is_begun else None)
-    if is_begun and out is not None:
-        _finish(out, as_json=as_json)
+    begun = out if is_begun else None
+    asked = search.wanted(max_drop, trials, against, target=target or target_ms, begun=begun)
+    checked = _recipe(recipe, given, set_ or [], begun)
+    if begun is not None:
+        _finish(begun, asked, as_json=as_json)
         return
     network, info, source = load.network(model, checked.model.arch or None, checked.model.arch_args)
+    if dry_run and asked is not None:
+        search.show_plan(asked, checked, network, info, as_json=as_json)
+        return
     if dry_run:
         _show_plan(checked, network, info, as_json=as_json)
         return
@@ -115,7 +125,8 @@ def prune(
     def create() -> str:
         return str(RunFolder.create(out or _default_folder(model, checked.prune.method, text), text, force=force).path)
 
-    _run(checked, network, info, RunFolder(Path(ranks.first(create))), source.sha256, as_json=as_json)
+    folder = RunFolder(Path(ranks.first(create)))
+    _run(checked, network, info, folder, source.sha256, asked, as_json=as_json)
 
 
 def resume(
@@ -126,7 +137,7 @@ def resume(
 ) -> None:
     """Continue an interrupted run at its last finished epoch."""
     view.set_up(quiet=quiet, verbose=verbose)
-    _finish(folder, as_json=as_json)
+    _finish(folder, search.wanted(None, None, None, target=None, begun=folder), as_json=as_json)
 
 
 def _recipe(file: Path | None, given: dict[str, dict[str, Any]], overrides: list[str], begun: Path | None) -> Recipe:
@@ -165,7 +176,7 @@ def _check_same(wanted: Recipe, folder: Path) -> None:
                 raise UsageError(f"{folder} was begun with {name} = {before!r}, not {value!r}; choose another --out")
 
 
-def _finish(path: Path, *, as_json: bool) -> None:
+def _finish(path: Path, asked: Search | None, *, as_json: bool) -> None:
     from compress import ranks
     from compress.cli import load
     from compress.folder import RunFolder
@@ -182,20 +193,26 @@ def _finish(path: Path, *, as_json: bool) -> None:
     found = ranks.first(begun)
     recipe = make(found["recipe"])
     network, info, read_file = load.network(Path(found["source"]), recipe.model.arch or None, recipe.model.arch_args)
-    _run(recipe, network, info, RunFolder(path), found["sha256"] or read_file.sha256, as_json=as_json)
+    _run(recipe, network, info, RunFolder(path), found["sha256"] or read_file.sha256, asked, as_json=as_json)
 
 
-def _run(recipe: Recipe, network: nn.Module, info: ModelInfo, folder: RunFolder, sha256: str, *, as_json: bool) -> None:
+def _run(
+    recipe: Recipe, network: nn.Module, info: ModelInfo, folder: RunFolder, sha256: str, asked: Search | None,
+    *, as_json: bool,
+) -> None:  # fmt: skip
     from compress import pipeline, ranks
     from compress.cli import user_code
     from compress.errors import RunFolderError
 
+    run = pipeline.run
+    if asked is not None:
+        from compress.search import search as searched
+
+        recipe, run = search.keep(folder, asked, recipe), partial(searched, wanted=asked)
     try:
         task = user_code.task(recipe.task, info.task)
         with view.Live(task.metric) as live:
-            report = pipeline.run(
-                recipe, network, info, folder=folder, source_sha256=sha256, on_event=live.show, task=task
-            )
+            report = run(recipe, network, info, folder=folder, source_sha256=sha256, on_event=live.show, task=task)
     except KeyboardInterrupt:
         view.hint(f"stopped; continue with: compress resume {folder.path}")
         raise
@@ -204,9 +221,11 @@ def _run(recipe: Recipe, network: nn.Module, info: ModelInfo, folder: RunFolder,
     except Exception as error:
         if ranks.is_broken(error):  # another process was interrupted first, or is gone
             view.hint(f"stopped; continue with: compress resume {folder.path}")
-        if ranks.is_first() and not folder.has("state/prepare.json"):
+        if ranks.is_first() and search.is_untouched(folder):
             folder.discard()  # nothing has been done that a resume could use
         raise
+    if asked is not None:
+        search.result(report["search"])
     view.result(report)
     if as_json:
         view.document(report)
@@ -229,12 +248,12 @@ def _check_methods(method: str, regularize: tuple[str, ...], score: str) -> None
         raise UsageError(f"--regularize {twice}: {twice} takes part already; name each regulariser once")
 
 
-def _absolute(source: str | None) -> str | None:
+def absolute(source: str | None) -> str | None:
     """A path that exists becomes absolute, so that a resume works from anywhere; names stay as they are."""
     return str(Path(source).absolute()) if source and Path(source).exists() else source
 
 
-def _absolute_code(arch: str | None) -> str | None:
+def absolute_code(arch: str | None) -> str | None:
     """The file in file.py:function and the folder in hf:DIR become absolute; other names stay as they are."""
     if arch and arch.startswith("hf:") and Path(arch[3:]).is_dir():
         return f"hf:{Path(arch[3:]).absolute()}"

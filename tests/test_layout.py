@@ -21,8 +21,9 @@ FLOORS = {
     "plan": 5, "sensitivities": 5, "fit": 5, "folder": 5, "report": 5, "inputs": 5, "quantize": 5, "doctor": 5,
     "aim": 6,
     "pipeline": 7, "shrinking": 7,
-    "verify": 8,
-    "cli": 9,
+    "verify": 8, "search": 8,
+    "comparison": 9,
+    "cli": 10,
 }  # fmt: skip
 WALLS = {  # foreign package -> the rooms that may import it
     "typer": {"cli"},

@@ -178,9 +178,9 @@ class Run:
         """One phase of training; its state lies in state/PHASE.pt, its epochs in metrics.jsonl."""
 
         def on_progress(progress: Progress) -> None:
-            self.emit(Event(settings.phase, progress=progress))
             if progress.top1 is not None and ranks.is_first():
                 self._note_epoch(settings.phase, progress)
+            self.emit(Event(settings.phase, progress=progress))
 
         outcome = finetune(
             model,

@@ -16,7 +16,7 @@ from compress import ranks
 from compress.checkpoint import ModelInfo
 from compress.folder import RunFolder
 from compress.pipeline.context import Event, OnEvent, open_run
-from compress.pipeline.stages import TOGETHER, stages_of
+from compress.pipeline.stages import LAST, TOGETHER, stages_of
 from compress.recipe import Recipe
 from compress.task import Task
 
@@ -32,6 +32,7 @@ def run(
     source_sha256: str = "",
     on_event: OnEvent = lambda event: None,
     task: Task | None = None,
+    until: str = LAST,
 ) -> dict[str, Any]:
     """Prune `model` as `recipe` says and leave the evidence in `folder`; what is there already is not done again.
 
@@ -43,8 +44,9 @@ def run(
         info: what the checkpoint says about it. Missing: normalisation is measured on the training images.
         task: one's own; None: the task of ours that the recipe or `info` names.
         source_sha256: of the checkpoint file, for the metadata of what is written.
+        until: the stage after which to stop, a key of STAGES; a later call does the others.
 
-    Returns: the report, as in report.json.
+    Returns: the report, as in report.json; of a run that stops before it what its last stage found.
 
     Raises:
         CompressError: every expected failure, with its exit code; the folder stays resumable.
@@ -61,7 +63,7 @@ def run(
     with ExitStack() as held, _threads(recipe.threads):
         ranks.first(lambda: _hold(held, folder))
         opened = open_run(recipe, model, info, folder, source_sha256, emit, task)
-        for name, stage in stages_of(recipe).items():
+        for name, stage in stages_of(recipe, until=until).items():
             if opened.has(f"state/{name}.json"):
                 continue
             emit(Event(name))
@@ -71,7 +73,7 @@ def run(
             opened.write(f"state/{name}.json", {**result, "seconds": seconds})
         for tracker in opened.device.trackers:  # Accelerator.end_training would part the processes too
             tracker.finish()
-        return opened.read("report.json")
+        return opened.read("report.json" if until == LAST else f"state/{until}.json")
 
 
 def _hold(held: ExitStack, folder: RunFolder) -> None:

@@ -106,9 +106,13 @@ STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
 }
 
 
-def stages_of(recipe: Recipe) -> dict[str, Callable[[Run], dict[str, Any]]]:
-    """The stages that the recipe asks for, in order."""
-    return {name: stage for name, stage in STAGES.items() if name != "quantize" or recipe.quantize.to != "none"}
+LAST = list(STAGES)[-1]
+
+
+def stages_of(recipe: Recipe, *, until: str = LAST) -> dict[str, Callable[[Run], dict[str, Any]]]:
+    """The stages that the recipe asks for, in order, up to the one called `until`."""
+    first = list(STAGES)[: list(STAGES).index(until) + 1]
+    return {name: STAGES[name] for name in first if name != "quantize" or recipe.quantize.to != "none"}
 
 
 def _widths(prepared: dict[str, Any], plans: Sequence[dict[str, Any]]) -> dict[str, int]:
