@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from compress.bench import benchmark
+from compress.bench import benchmark, latency_share
 from compress.bench.on import On
 from compress.errors import TargetError
 from compress.example import Example
@@ -117,9 +117,8 @@ def measured_share(
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "cut.onnx"
             draft(cut, example, file)
-            found = benchmark(
-                [dense, file], batch=on.batch, threads=on.threads, runtime=on.runtime, seconds=SECONDS, seed=seed
+            return latency_share(
+                file, dense, batch=on.batch, threads=on.threads, runtime=on.runtime, seconds=SECONDS, seed=seed
             )
-        return 1 / found.speedups[0].value
 
     return share

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compress.bench.interleave import benchmark as benchmark
+    from compress.bench.interleave import latency_share as latency_share
     from compress.bench.protocol import Network as Network
     from compress.bench.protocol import Runtime as Runtime
     from compress.bench.results import Comparison as Comparison
@@ -27,6 +28,7 @@ _PLACES = {
     "Speedup": "results",
     "available": "runtimes",
     "benchmark": "interleave",
+    "latency_share": "interleave",
     "open_on": "runtimes",
 }
 

@@ -29,6 +29,7 @@ from compress.errors import MeasureError
 BLOCK_SECONDS = 0.004  # of timed inferences in a row: far above the clock's resolution, below a scheduler's time slice
 WARM_UP = 3  # inferences before each block: the first allocates, the next ones still fill caches
 LONG = 1.0  # seconds of warming up, after the first inference, that are enough
+LEAST_ROUNDS = 20  # where time allows
 FEWEST_ROUNDS = 5  # even past the time limit: a bootstrap over fewer says nothing
 NARROW = 0.01  # half the width of a speed-up's interval, relative, at which measuring ends
 CHECK_EVERY = 5  # rounds between two looks at the width
@@ -64,7 +65,7 @@ class _Track:
 
 def benchmark(
     files: Sequence[Path | str | Network], *, batch: int = 1, threads: int = 1, runtime: Runtime = "ort-cpu",
-    rounds: int = 20, seconds: float = 20.0, seed: int = 0, shape: Sequence[int] | None = None,
+    rounds: int = LEAST_ROUNDS, seconds: float = 20.0, seed: int = 0, shape: Sequence[int] | None = None,
     on_round: Callable[[int, int], None] | None = None,
 ) -> Comparison:  # fmt: skip
     """Measure all files together, and each after the first against the first.
@@ -102,6 +103,22 @@ def benchmark(
         for track, new in zip(tracks, fresh, strict=True)
     )  # fmt: skip
     return Comparison(measurements=measurements, speedups=speedups, conditions=conditions)
+
+
+def latency_share(
+    file: Path, against: Path, *, batch: int = 1, threads: int = 1, runtime: Runtime = "ort-cpu", seconds: float = 20.0,
+    seed: int = 0,
+) -> float:  # fmt: skip
+    """The latency of one file as a share of another's, as `benchmark` finds it; without new processes and conditions.
+
+    Raises:
+        LoadError, MeasureError: as `benchmark`.
+    """
+    setting = _Setting(batch, threads, runtime, LEAST_ROUNDS, seconds, seed)
+    _check([against, file], setting)
+    with machine.pinned(threads):
+        (found,) = _rounds(_tracks([against, file], setting, None), setting, None)
+    return 1 / found.value
 
 
 def _tracks(sources: Sequence[Source], setting: _Setting, shape: Sequence[int] | None) -> list[_Track]:
