@@ -82,8 +82,8 @@ def grid(size: int, unit: int) -> tuple[int, ...]:
     """The widths at which an axis of `size` channels is timed, ascending, `size` the last.
 
     Multiples of `unit` (the vector unit's channels), all or STEPS of them spread evenly, each with the width a quarter
-    unit above the multiple before: where the stairs of a runtime's blocks begin. Below one unit its quarters. Widths that
-    are no multiple of a quarter are priced as their neighbours, though a runtime may take a slower way for them.
+    unit above the multiple before: where the stairs of a runtime's blocks begin. Below one unit its quarters. Widths
+    that are no multiple of a quarter are priced as their neighbours, though a runtime may take a slower way for them.
     """
     count = size // unit
     chosen = sorted({round(count * (step + 1) / STEPS) * unit for step in range(STEPS)} - {0})
