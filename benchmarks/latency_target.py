@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from zoo_networks import build
 
 import compress
-from compress.aim import aim, measured_share
+from compress.aim import aim, dense_file, measured_share
 from compress.bench import benchmark
 from compress.bench.machine import describe, vector_block
 from compress.bench.on import On, parse
@@ -80,10 +80,9 @@ class Dense:
 def read(name: str, on: On, folder: Path) -> Dense:
     torch.manual_seed(0)
     model, example = build(f"torchvision:{name}").eval(), torch.randn(2, 3, 224, 224)
-    groups, file = compress.trace(model, example[:1]), folder / f"{name}.onnx"
-    draft(model, example, file)
-    found = benchmark([file], batch=on.batch, threads=on.threads, runtime=on.runtime, seconds=SECONDS)
-    dense_ms, began = found.measurements[0].latency.p50, time.perf_counter()
+    groups = compress.trace(model, example[:1])
+    file, dense_ms = dense_file(model, example, folder, on=on)
+    began = time.perf_counter()
     times = compress.price(model, groups, example[:1], on=on, dense_ms=dense_ms)
     facts = {"dense_ms": round(dense_ms, 3), "pricing_seconds": round(time.perf_counter() - began, 1)}
     costs = replace(measure(model, example[:1]), times=times)

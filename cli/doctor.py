@@ -44,15 +44,18 @@ def doctor(
 
 def _show(found: Diagnosis) -> None:
     files = [name for name in (found.against, found.file) if name is not None]
-    header = ["operator", *(f"{name}: {what}" for name in files for what in ("number", "ms"))]
     rows = [
-        (one.op, *(text for n, ms in zip(one.count, one.ms, strict=True) for text in (str(n), view.figure(ms))))
+        (one.op, *(f"{view.figure(ms)} ({n})" if n else "" for n, ms in zip(one.count, one.ms, strict=True)))
         for one in found.operators
     ]
-    view.table("time by operator, profiled", header, rows)
+    view.table("ms by operator, profiled (how many)", ("operator", *files), rows)
     for name, made, macs in zip(files, found.profiles, found.conv_macs, strict=True):
         work = f", {view.figure(macs / 1e6)} M MACs in float convolutions" if macs else ""
         view.note(f"{name}: {view.figure(made.latency_ms)} ms an inference{work}")
+    if len(files) == 2:
+        first, second = found.profiles
+        fewer = f" for {found.conv_macs[1] / found.conv_macs[0]:.3g} of the MACs" if all(found.conv_macs) else ""
+        view.note(f"{files[1]} takes {second.latency_ms / first.latency_ms:.3g} of the time of {files[0]}{fewer}")
     if not found.findings:
         view.note(f"nothing found in {found.file}; looked for: {', '.join(found.looked_for)}")
         return

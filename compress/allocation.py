@@ -22,6 +22,7 @@ ALLOCATIONS: dict[Allocation, str] = {
 EAGER = 0.25  # the power of the time that a step saves, beside what the group keeps (ours, benchmarks/LOG.md)
 DEAREST = 4.0  # by how much a channel's price may speed up, or slow down, how its layer shrinks (ours)
 
+Value = Callable[[str, int], float]  # group, its width -> what that is worth
 Key = Callable[[str, int, int], float]  # group, its width, the next smaller one -> what leaves first has the least
 
 
@@ -87,3 +88,17 @@ def keys(
 
     balanced = timed if widths.metric == "latency" else uniform
     return {"balanced": balanced, "uniform": uniform, "relative": relative, "global": per_cost}[allocation]
+
+
+def valued(widths: Widths, worths: Mapping[str, Sequence[float]], falls: Mapping[str, float]) -> Value:
+    """What a group is worth at a width: its channels times the logarithm of the share of importance kept, over `falls`.
+
+    The logarithm keeps any one layer from paying for all others; channels that many layers share count for more.
+    """
+
+    def value(name: str, kept: int) -> float:
+        whole = worths[name][-1]
+        share = worths[name][kept] / whole if whole > 0 else kept / widths.size[name]
+        return widths.size[name] * math.log(max(share, 1e-9)) / falls[name]
+
+    return value

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from pydantic import BaseModel
 from torch import nn
 
-from compress.allocation import Allocation, Key, keys, powers, worth
+from compress.allocation import Allocation, Key, Value, keys, powers, valued, worth
 from compress.cost import Costs, Metric, Widths
 from compress.errors import PruneError, TargetError, UsageError
 from compress.groups import Branch, Group, cut
@@ -17,6 +18,7 @@ from compress.reach import LEAVE_FOR, block_of, check_reach, least_width, leavin
 from compress.scores import Scores
 from compress.structure import Stand, remove
 
+EXCHANGES = 20  # steps of `_exchange`; a handful is the rule
 NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 
 
@@ -100,6 +102,8 @@ def select(
     key = keys(widths, worths, falls, allocation)
     _descend(widths, blocks, least, key, target=keep * whole, whole=whole)
     _give_back(widths, blocks, key, target=keep * whole)
+    if metric == "latency" and allocation == "balanced":
+        _exchange(widths, blocks, least, valued(widths, worths, falls), target=keep * whole)
     kept = {name: tuple(sorted(ranked[: widths.kept[name]])) for name, ranked in order.items()}
     return Plan(
         kept=kept,
@@ -196,3 +200,32 @@ def _give_back(widths: Widths, blocks: Mapping[str, int], key: Key, *, target: f
         _, name, wider, cost = max(fitting)
         widths.kept[name] = wider
         total += cost
+
+
+def _exchange(
+    widths: Widths, blocks: Mapping[str, int], least: Mapping[str, int], value: Value, *, target: float
+) -> None:
+    """Narrow one group by a block wherever what the others get for it is worth more, the best such step first.
+
+    Stairs leave gaps below a target that no single block fits into; one block less elsewhere may pay for several.
+    """
+
+    def rank(name: str, wider: int, kept: int) -> float:
+        cost = -widths.change(name, wider)
+        return (value(name, wider) - value(name, kept)) / cost if cost > 0 else math.inf
+
+    for _ in range(EXCHANGES):
+        before, best, gained = dict(widths.kept), dict[str, int](), 1e-9
+        for name, block in blocks.items():
+            lower = (before[name] - 1) // block * block
+            if lower < least[name]:
+                continue
+            widths.kept[name] = lower
+            _give_back(widths, {other: blocks[other] for other in blocks if other != name}, rank, target=target)
+            gain = sum(value(other, widths.kept[other]) - value(other, before[other]) for other in blocks)
+            if gain > gained:
+                best, gained = dict(widths.kept), gain
+            widths.kept.update(before)
+        if not best:
+            return
+        widths.kept.update(best)

@@ -203,6 +203,7 @@ def test_findings_come_largest_first_and_the_command_says_them(healthy: Path, tm
     assert {"fallback", "misaligned widths"} <= {one["kind"] for one in found["findings"]}
     assert (found["file"], found["against"]) == ("odd.onnx", "healthy.onnx")
     assert len(found["profiles"]) == 2 and found["conditions"]["block"] == BLOCK
+    assert " of the time of odd.onnx for " in call("doctor", path, healthy, "--runs", "30").stderr.replace("\n", " ")
     said = call("doctor", healthy, "--runs", "30").stderr
     assert "nothing found in healthy.onnx; looked for: fallback, denormals, misaligned widths" in said.replace(
         "\n", " "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 
 from compress.allocation import ALLOCATIONS
 from compress.checkpoint import ModelInfo, load_into, read, save
-from compress.cost import METRICS, Costs, measure
+from compress.cost import METRICS, Costs, Widths, measure
 from compress.errors import PruneError, TargetError, UsageError
 from compress.groups import Group, trace
 from compress.models import ARCHS
@@ -232,3 +234,31 @@ def test_the_public_page_and_the_readme_example(tmp_path) -> None:
     assert found.measurements[0].latency.p50 > 0
     with pytest.raises(AttributeError, match="module 'compress' has no attribute 'prune'"):
         _ = compress.prune
+
+
+@settings(max_examples=30, deadline=None)
+@given(keep=st.floats(0.15, 0.95), block=st.sampled_from([1, 4, 8]), seed=st.integers(0, 99), base=st.floats(0.0, 0.5))
+def test_a_latency_of_stairs_is_met_and_what_costs_nothing_stays(
+    keep: float, block: int, seed: int, base: float
+) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 48, 3), nn.ReLU(), nn.Conv2d(48, 4, 1))
+    groups = trace(model, torch.randn(1, 3, 8, 8))
+
+    def stairs(shape: tuple[int, ...]) -> float:
+        return base + math.ceil(shape[0] / 8) * math.ceil(shape[1] / 8)
+
+    costs = measure(model, torch.randn(1, 3, 8, 8))
+    costs = replace(costs, times=dict.fromkeys(("0.weight", "2.weight", "4.weight"), stairs))
+    scores = {group.name: torch.rand(group.size) for group in groups}
+    try:
+        plan = select(groups, scores, costs, keep=keep, metric="latency", round_to=block)
+    except TargetError as error:
+        assert error.lowest > keep
+        return
+    assert plan.reached <= keep * (1 + 1e-9)
+    widths = Widths(groups, costs, "latency")
+    widths.kept.update({name: len(kept) for name, kept in plan.kept.items()})
+    for name, kept in plan.kept.items():  # a wider layer at no cost would have been kept
+        wider = min(widths.size[name], (len(kept) // block + 1) * block)
+        assert wider == len(kept) or -widths.change(name, wider) > 0
