@@ -51,9 +51,16 @@ def priced(run: Run, costs: Costs, dense_ms: float) -> Costs:
     """The costs with the milliseconds of every layer, timed on this machine or in its cache."""
     if not is_timed(run.recipe):
         return costs
-    run.emit(Event("latency", f"dense network {dense_ms:.3g} ms on {where(run.recipe)}; timing its layers"))
+    on, told = where(run.recipe), [0]
+
+    def say(done: int, whole: int) -> None:
+        if 4 * done // whole > told[0]:  # at every quarter: a large network takes a minute
+            told[0] = 4 * done // whole
+            run.emit(Event("latency", f"{done:,} of {whole:,} layers and widths timed on {on}"))
+
     groups = trace(run.dense, run.example())
-    return replace(costs, times=price(run.dense, groups, run.example(), on=where(run.recipe), dense_ms=dense_ms))
+    times = price(run.dense, groups, run.example(), on=on, dense_ms=dense_ms, on_progress=say)
+    return replace(costs, times=times)
 
 
 def aimed(
