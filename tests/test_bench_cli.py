@@ -34,6 +34,7 @@ def test_lists_of_numbers() -> None:
     assert _numbers("--batch", "32, 8,32") == [32, 8]
 
 
+@pytest.mark.alone
 def test_bench_of_networks_by_torch(pruned_run: tuple[Path, Any]) -> None:
     one = pruned_run[0] / "pruned.safetensors"
     (made,) = answer("bench", one, "--runtime", "torch-cpu", "--batch", 1, "--seconds", 0.1)["comparisons"]
