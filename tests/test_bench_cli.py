@@ -14,7 +14,7 @@ from compress.cli.bench import IN_A_RUN, _numbers, _threads
 from tests.shell import answer, call, refusal
 from tests.test_bench import write_network
 
-pytestmark = pytest.mark.usefixtures("in_the_repository")
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("in_the_repository")]
 
 
 def test_bench_takes_a_run_and_several_runtimes(pruned_run: tuple[Path, Any]) -> None:
@@ -34,7 +34,6 @@ def test_lists_of_numbers() -> None:
     assert _numbers("--batch", "32, 8,32") == [32, 8]
 
 
-@pytest.mark.alone
 def test_bench_of_networks_by_torch(pruned_run: tuple[Path, Any]) -> None:
     one = pruned_run[0] / "pruned.safetensors"
     (made,) = answer("bench", one, "--runtime", "torch-cpu", "--batch", 1, "--seconds", 0.1)["comparisons"]

@@ -20,6 +20,7 @@ from compress.bench.fresh import measure_fresh
 from compress.errors import LoadError, MeasureError
 from compress.recipe import BenchPart
 
+pytestmark = pytest.mark.alone
 ONNX = [name for name, adapter in RUNTIMES.items() if adapter.takes is Path]
 TORCH = [name for name, adapter in RUNTIMES.items() if adapter.takes is Network]
 
