@@ -81,16 +81,8 @@ def measure(model: nn.Module, example: Example) -> Costs:
     state = _once(model)
     learned = {name for name, p in model.named_parameters() if p.requires_grad}
     folded = _folded(model)
-    counter = _MacCounter({t.data_ptr(): name for name, t in state.items() if t.dim() > 1}, len(arguments(example)[0]))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), counter:
-            model(*arguments(example))
-    except RuntimeError as error:
-        raise PruneError(f"the network does not run on shape {shapes(example)}: {error}") from error
-    finally:
-        model.train(was_training)
+    counter = _MacCounter(matrices(model), len(arguments(example)[0]))
+    watch(model, example, counter)
     return Costs(
         shapes={name: tuple(t.shape) for name, t in state.items()},
         prices={
@@ -105,6 +97,28 @@ def measure(model: nn.Module, example: Example) -> Costs:
         fixed={"params": 0.0, "size": 0.0, "macs": counter.fixed},
         unknown=tuple(sorted(counter.unknown)),
     )
+
+
+def watch(model: nn.Module, example: Example, watcher: TorchDispatchMode) -> None:
+    """One forward pass in evaluation mode, every operator of which `watcher` sees.
+
+    Raises:
+        PruneError: the network does not run on `example`.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), watcher:
+            model(*arguments(example))
+    except RuntimeError as error:
+        raise PruneError(f"the network does not run on shape {shapes(example)}: {error}") from error
+    finally:
+        model.train(was_training)
+
+
+def matrices(model: nn.Module) -> dict[int, str]:
+    """Where each weight of two dimensions or more lies in memory -> its name, the first where several share it."""
+    return {tensor.data_ptr(): name for name, tensor in _once(model).items() if tensor.dim() > 1}
 
 
 def _once(model: nn.Module) -> dict[str, Tensor]:

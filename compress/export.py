@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +21,7 @@ from compress.errors import CompressError, ParityError
 from compress.example import Example, arguments, shapes, tile
 from compress.files import atomic_path
 from compress.onnx_file import TINY, finish
+from compress.silence import silence
 from compress.task import Task
 
 logger = logging.getLogger(__name__)
@@ -259,29 +257,16 @@ def _export(network: nn.Module, images: Sequence[Tensor], target: Path, opset: i
     asked: dict[str, Any] = {"input_names": inputs, "output_names": outputs, "opset_version": opset}
     asked |= {"f": str(target), "verbose": False, "external_data": False}
     try:
-        with _silence():
+        with silence():
             batch = ({0: torch.export.Dim("batch")},) * len(images)
             torch.onnx.export(network, tuple(images), dynamo=True, dynamic_shapes=batch, **asked)
         return "dynamo"
     except _EXPORTER_ERRORS as error:
         logger.warning("the dynamo exporter failed, trying the legacy one: %s", one_line(error.__cause__ or error))
     try:
-        with _silence():
+        with silence():
             axes = {name: {0: "batch"} for name in (*inputs, *outputs)}
             torch.onnx.export(network, tuple(images), dynamo=False, dynamic_axes=axes, **asked)
     except _EXPORTER_ERRORS as error:
         raise CompressError(f"neither ONNX exporter can express the network: {one_line(error)}") from error
     return "legacy"
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keep in the exporters' printing, warnings and logging: what matters is raised, and the file proved after."""
-    before = logging.root.manager.disable
-    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(before)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from io import StringIO
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +16,7 @@ from compress.bench.machine import has_int8_products, vector_unit
 from compress.bench.session import one_line, open_session, runtime_errors
 from compress.errors import CompressError
 from compress.onnx_file import densify
+from compress.silence import silence
 
 To = Literal["int8", "fp16"]
 Calibration = Literal["minmax", "entropy", "percentile"]
@@ -48,7 +46,7 @@ def convert(
     errors += (onnx.shape_inference.InferenceError, onnx.checker.ValidationError)
     how: dict[str, Any] = {"weights": "float16"}
     try:
-        with _silence():
+        with silence(), _search_path():
             proto = onnx.load(source)
             kept = {entry.key: entry.value for entry in proto.metadata_props}
             densify(proto.graph)
@@ -134,17 +132,13 @@ def _set_metadata(made: Path, values: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Keep in the converters' printing, warnings and logging, and what their import adds to the search path."""
-    before, path = logging.root.manager.disable, list(sys.path)
-    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(before)
-            sys.path[:] = path
+def _search_path() -> Iterator[None]:
+    """What the converters' import adds to the search path is taken away again."""
+    before = list(sys.path)
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 class _Reader:

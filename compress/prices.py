@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from compress.bench import machine
 from compress.bench.layers import Layer, time_layers
 from compress.bench.on import On
-from compress.cost import Times
+from compress.cost import Times, matrices, watch
 from compress.example import Example, arguments
 from compress.files import atomic_write
 from compress.groups import Group
@@ -94,13 +94,7 @@ def grid(size: int, unit: int) -> tuple[int, ...]:
 def uses(model: nn.Module, example: Example, *, batch: int) -> tuple[Use, ...]:
     """Every convolution and matrix product with a weight, as one forward pass in evaluation mode meets them."""
     recorder = _Recorder(model, len(arguments(example)[0]), batch)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), recorder:
-            model(*arguments(example))
-    finally:
-        model.train(was_training)
+    watch(model, example, recorder)
     return tuple(recorder.found)
 
 
@@ -238,10 +232,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, model: nn.Module, images: int, batch: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        state = model.state_dict(keep_vars=True)
         self.found: list[Use] = []
-        self._names = {t.data_ptr(): name for name, t in reversed(state.items()) if t.dim() > 1}
-        self._shapes = {name: tuple(t.shape) for name, t in state.items()}
+        self._names = matrices(model)
+        self._shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         self._images, self._batch = images, batch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -23,7 +22,7 @@ from compress.bench.session import one_line, open_session, runtime_errors
 from compress.data import Data, loader
 from compress.errors import AccuracyError, LoadError, ParityError
 from compress.export import BATCHES, LEAST_SCALE, metric
-from compress.files import atomic_path, atomic_write
+from compress.files import atomic_path, atomic_write, sha256
 from compress.precision import FP16_MOST, Calibration, To, convert, largest
 from compress.task import Task, reported
 
@@ -219,7 +218,7 @@ def check(folder: Path) -> str:
     found = []
     for name, made in entries.items():
         path = folder / name
-        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        digest = sha256(path) if path.is_file() else ""
         if digest and digest != made.sha256:
             raise ParityError(f"sha256 of {name} is {digest[:12]}..., the measured file's {made.sha256[:12]}...")
         if claimed.get("file") == name and claimed["sha256"] != made.sha256:

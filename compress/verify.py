@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from compress import checkpoint, cost, data, export, quantize, recipe, sparse
 from compress.checkpoint import ModelInfo
 from compress.data import Data
 from compress.errors import CompressError, DataError, UsageError
+from compress.files import sha256
 from compress.folder import RunFolder
 from compress.inputs import choose, example, load_data, noise, normalisation
 from compress.onnx_file import count_weights
@@ -124,7 +124,7 @@ def _file(name: str) -> Callable[[_Evidence], str]:
             if name == "model.onnx":
                 raise _Failed(f"{name} is not in the folder")
             raise _Skipped(f"{name} is not in the folder")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = sha256(path)
         if digest != measured[name]["sha256"]:
             raise _Failed(f"sha256 is {digest[:12]}..., the measured file's {measured[name]['sha256'][:12]}...")
         return f"sha256 {digest[:12]}..., {path.stat().st_size:,} bytes: the file that was measured"
@@ -136,7 +136,7 @@ def _source(evidence: _Evidence) -> str:
     path = Path(evidence.get("report.json", "recipe.model.path"))
     if not path.is_file():
         raise _Skipped(f"{path} is not here")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != evidence.get("env.json", "source_sha256"):
+    if sha256(path) != evidence.get("env.json", "source_sha256"):
         raise _Skipped(f"{path} is another file than the one that was pruned")
     return f"{path} is the file that was pruned"
 

@@ -7,7 +7,6 @@ GPU's kernels end after their call has returned, so there each layer is a file o
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import tempfile
@@ -25,6 +24,7 @@ from compress.bench import machine
 from compress.bench.open_vino import DEVICE, settings
 from compress.bench.protocol import Runtime
 from compress.bench.runtimes import RUNTIMES, check, open_on
+from compress.bench.session import kernels, session_options, small_model
 from compress.errors import MeasureError
 
 Kind = Literal["conv", "transposed", "matmul"]
@@ -154,22 +154,17 @@ def _by_openvino(layers: Sequence[Layer], threads: int) -> list[float]:
 def _by_onnxruntime(layers: Sequence[Layer], threads: int) -> list[float]:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 4
-    options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
-        options.profile_file_prefix = str(Path(folder) / "profile")
+        options = session_options(threads, profile_to=Path(folder) / "profile")
         model, feeds = side_by_side(layers)
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         for _ in range(WARM_UP + ROUNDS):
             session.run(None, feeds)
-        events = json.loads(Path(session.end_profiling()).read_text())
+        ran = kernels(session)
     spent: dict[int, list[float]] = defaultdict(list)
-    for event in events:
+    for name, event in ran:
         # A layer's kernel goes by its name or by that of its output; what is put around it has names of its own.
-        named = re.match(r"layer(\d+)_\w*kernel_time$", event["name"]) if event["cat"] == "Node" else None
-        if named:
+        if named := re.match(r"layer(\d+)_\w*$", name):
             spent[int(named.group(1))].append(event["dur"] / 1e3)
     # A kernel may be split in two: their sum, inference by inference.
     each = (np.asarray(spent[index]).reshape(WARM_UP + ROUNDS, -1).sum(1) for index in range(len(layers)))
@@ -196,6 +191,4 @@ def side_by_side(layers: Sequence[Layer]) -> tuple[bytes, dict[str, NDArray[Any]
         nodes.append(helper.make_node("ReduceMax", [f"{name}relu"], [f"y{index}"], f"max{index}", keepdims=0))
     given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape) for name, array in feeds.items()]
     found = [helper.make_tensor_value_info(f"y{index}", TensorProto.FLOAT, []) for index in range(len(layers))]
-    graph = helper.make_graph(nodes, "layers", given, found, weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return bytes(model.SerializeToString()), feeds
+    return small_model(nodes, given, found, weights), feeds

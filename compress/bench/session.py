@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -14,7 +15,7 @@ from compress.bench.protocol import Feeds, Input, Runtime, sized
 from compress.bench.protocol import one_line as one_line
 from compress.errors import LoadError, MeasureError
 
-PROVIDERS: dict[Runtime, str] = {
+PROVIDERS: dict[str, str] = {
     "ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider",
 }  # fmt: skip
 DTYPES = {
@@ -119,7 +120,8 @@ def inactive(runtime: Runtime) -> str | None:
     return None if active[0] == provider else f"{provider} is installed but does not start (are its libraries there?)"
 
 
-def _open(model: str | bytes, threads: int, provider: str) -> Any:
+def session_options(threads: int, *, profile_to: Path | None = None) -> Any:
+    """The options of every session: `threads` in an operator, one between them; `profile_to`: how a file begins."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -127,6 +129,33 @@ def _open(model: str | bytes, threads: int, provider: str) -> Any:
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 4  # what matters is raised; the runtime's own lines would go to the terminal
+    if profile_to is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile_to)
+    return options
+
+
+def kernels(session: Any) -> list[tuple[str, dict[str, Any]]]:
+    """What the profiler of a session has noted, and its end: the name of each kernel that ran, and the event."""
+    events = json.loads(Path(session.end_profiling()).read_text())
+    ran = [event for event in events if event["cat"] == "Node" and event["name"].endswith("_kernel_time")]
+    return [(event["name"].removesuffix("_kernel_time"), event) for event in ran]
+
+
+def small_model(
+    nodes: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any], weights: Sequence[Any] = ()
+) -> bytes:
+    """A file of the given parts (of onnx.helper), at an opset and a format that every runtime reads."""
+    from onnx import helper
+
+    graph = helper.make_graph(nodes, "network", inputs, outputs, weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return bytes(model.SerializeToString())
+
+
+def _open(model: str | bytes, threads: int, provider: str) -> Any:
+    import onnxruntime
+
+    options = session_options(threads)
     # session.set_denormal_as_zero stays at the runtime's default (off): that is what a deployed file meets, and hiding
     # the cost of denormal weights here would hide a defect of the export.
     if provider != "CPUExecutionProvider":
@@ -159,6 +188,4 @@ def _one_node() -> bytes:
     from onnx import TensorProto, helper
 
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y"))
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", [x], [y])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return bytes(model.SerializeToString())
+    return small_model([helper.make_node("Relu", ["x"], ["y"])], [x], [y])

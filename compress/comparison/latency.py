@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.bench import Speedup, benchmark
-from compress.files import atomic_write
+from compress.files import atomic_write, sha256
 
 TOGETHER = 8  # files measured in turn beside the dense one: a round of more takes so long that the machine changes
 SECONDS = 2.5  # of measuring, for each file of a batch
@@ -39,7 +38,7 @@ def measure(
     """
     here = {network: [run for run in names if _file(folder, run).is_file()] for network, names in runs.items()}
     here = {network: names for network, names in here.items() if names}
-    wanted = {run: _sha256(_file(folder, run)) for names in here.values() for run in names}
+    wanted = {run: sha256(_file(folder, run)) for names in here.values() for run in names}
     before = _before(folder)
     if before is not None and before["sha256"] == wanted and before["bench"] == dict(bench):
         return before
@@ -70,10 +69,6 @@ def measure(
 
 def _file(folder: Path, run: str, name: str = "model.onnx") -> Path:
     return folder / "runs" / run / name
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _before(folder: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from compress.bench.session import small_model
 from compress.doctor.layers import Layer
 from compress.doctor.profile import Asked, feeds, nodes, open_session
 
@@ -70,6 +71,4 @@ def _sandwich(layer: Layer, block: int) -> bytes:
     last = "relu" if layer.is_last else "after"
     taken = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", channels, height, width])
     given = helper.make_tensor_value_info(last, TensorProto.FLOAT, None)
-    graph = helper.make_graph(made, "alone", [taken], [given], tensors)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return bytes(model.SerializeToString())
+    return small_model(made, [taken], [given], tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 import warnings
@@ -16,17 +15,14 @@ import numpy as np
 from pydantic import BaseModel
 
 from compress.bench.child import draw
-from compress.bench.session import input_signature, one_line, runtime_errors
+from compress.bench.session import PROVIDERS, input_signature, kernels, one_line, runtime_errors, session_options
 from compress.errors import LoadError, MeasureError, UsageError
 
-RUNTIMES = {
-    "ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider",
-    "ort-openvino": "OpenVINOExecutionProvider", "ort-xnnpack": "XnnpackExecutionProvider",
+RUNTIMES: dict[str, str] = {
+    **PROVIDERS, "ort-openvino": "OpenVINOExecutionProvider", "ort-xnnpack": "XnnpackExecutionProvider",
 }  # fmt: skip
 WARM_UP = 5  # inferences before those that count
-TRIM = (
-    0.1  # share of the inferences left out at either end: the profiler counts whole microseconds, so a mean is needed
-)
+TRIM = 0.1  # share of the inferences left out at either end; the profiler counts whole microseconds: a mean is needed
 
 
 @dataclass(frozen=True)
@@ -77,13 +73,9 @@ def open_session(model: Path | bytes, asked: Asked, *, flush: bool = False, prof
     """
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = asked.threads, 1
-    options.log_severity_level = 4
+    options = session_options(asked.threads, profile_to=profile_to)
     if flush:
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    if profile_to is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile_to)
     providers = list(dict.fromkeys([asked.provider, "CPUExecutionProvider"]))
     try:
         with warnings.catch_warnings():
@@ -134,11 +126,10 @@ def nodes(model: Path | bytes, asked: Asked, given: Mapping[str, Any]) -> tuple[
         session = open_session(model, asked, profile_to=Path(folder) / "profile")
         for _ in range(WARM_UP + asked.runs):
             run(session, given)
-        events = json.loads(Path(session.end_profiling()).read_text())
+        ran = kernels(session)
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for event in events:
-        if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
-            found[event["name"].removesuffix("_kernel_time")].append(event)
+    for name, event in ran:
+        found[name].append(event)
     return tuple(_node(name, happened, asked.runs) for name, happened in found.items())
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from compress.bench.results import Speedup
+from compress.bench.session import small_model
 from compress.bench.speedup import compare
 from compress.doctor.profile import Asked, open_session, timed
 
@@ -58,9 +59,7 @@ def floor_ms(asked: Asked) -> float:
 
     nodes = [helper.make_node("Neg", [f"x{index}"], [f"x{index + 1}"]) for index in range(CHAIN)]
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x0", f"x{CHAIN}")]
-    graph = helper.make_graph(nodes, "chain", values[:1], values[1:])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    session = open_session(bytes(model.SerializeToString()), replace(asked, runtime="ort-cpu", threads=1))
+    session = open_session(small_model(nodes, values[:1], values[1:]), replace(asked, runtime="ort-cpu", threads=1))
     return float(np.median(timed(session, {"x0": np.ones(1, np.float32)}, 200))) / CHAIN
 
 

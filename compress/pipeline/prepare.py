@@ -64,7 +64,7 @@ def prepare(run: Run) -> dict[str, Any]:
     if run.recipe.prune.sensitivity:
         run.write("sensitivity.json", read(Path(run.recipe.prune.sensitivity)).model_dump(mode="json"))
     if not zeros.is_fine(run.recipe):
-        _check_reach(run, groups, timing.priced(run, costs, dense_ms or 0.0), keep)
+        _check_reach(run, groups, timing.priced(run, costs, dense_ms or 0.0, groups), keep)
     accuracy, loss = run.evaluate(run.dense)
     loader = run.loader(run.data.train, train=True)
     sparse, recover = epochs(run.recipe, len(loader))

@@ -47,8 +47,12 @@ def share(recipe: Recipe, dense_ms: float | None) -> float:
     return wanted / dense_ms
 
 
-def priced(run: Run, costs: Costs, dense_ms: float) -> Costs:
-    """The costs with the milliseconds of every layer, timed on this machine or in its cache."""
+def priced(run: Run, costs: Costs, dense_ms: float, groups: Sequence[Group] | None = None) -> Costs:
+    """The costs with the milliseconds of every layer, timed on this machine or in its cache.
+
+    Args:
+        groups: of the dense network; None: they are traced.
+    """
     if not is_timed(run.recipe):
         return costs
     on, told = where(run.recipe), [0]
@@ -58,7 +62,7 @@ def priced(run: Run, costs: Costs, dense_ms: float) -> Costs:
             told[0] = 4 * done // whole
             run.emit(Event("latency", f"{done:,} of {whole:,} layers and widths timed on {on}"))
 
-    groups = trace(run.dense, run.example())
+    groups = groups or trace(run.dense, run.example())
     times = price(run.dense, groups, run.example(), on=on, dense_ms=dense_ms, on_progress=say)
     return replace(costs, times=times)
 

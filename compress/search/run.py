@@ -25,14 +25,8 @@ from compress.search.space import Space, at, space
 from compress.search.trial import Bench, attempt, reference, strip
 from compress.task import Task
 
-PROTECTED = {
-    "recipe.yaml",
-    "search.yaml",
-    "search.json",
-    "search.html",
-    "trials",
-    "log.txt",
-}  # the search's own; not the winner's
+# the search's own; not the winner's
+PROTECTED = {"recipe.yaml", "search.yaml", "search.json", "search.html", "trials", "log.txt"}
 OWN_STATE = {"lock", "search.journal", "space.json", "reference.json", "winner.json"}
 
 
