@@ -73,7 +73,16 @@ def weights_rows() -> dict[str, tuple[str, ...]]:
 
 
 WEIGHTS = weights_rows()
-TABLES = {"filters": FILTERS, "weights": WEIGHTS}
+# The same latency, one thread, by the milliseconds of the layers or by their MACs: `--keep` is the share of what a row
+# prices by. `auto` keeps to widths that the processor likes, blocks of 4 leave it to the price to find them.
+LATENCY = {
+    f"{metric}, blocks {block}": (
+        *("--metric", metric, "--method", "l2", "--on", "ort-cpu:threads=1:batch=1", "--round-to", block),
+    )
+    for block in ("auto", "4")
+    for metric in ("latency", "macs")
+}
+TABLES = {"filters": FILTERS, "weights": WEIGHTS, "latency": LATENCY}
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ import typer
 from compress.cli import options, view
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from compress.checkpoint import ModelInfo
     from compress.data import Split
+    from compress.task import Task
 
 BATCH = 128  # images at a time
 NOISE = "These are random images: no group's figure says more than how strongly the outputs react to noise."
@@ -28,8 +29,8 @@ class Images:
     judged: list[tuple[Tensor, Tensor | None]]
     calibration: list[tuple[Tensor, Tensor | None]]
     data: str
-    split: str | None  # None: no labels
-    remark: str
+    split: str | None = None  # None: no labels
+    remark: str = ""
 
 
 def sensitivity(
@@ -46,6 +47,7 @@ def sensitivity(
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.html", help="Curves and figures")] = None,
     arch: options.Arch = None,
     arch_arg: options.ArchArg = None,
+    task: options.Task = None,
     input_size: options.InputSize = None,
     seed: options.Seed = None,
     device: options.Device = None,
@@ -53,17 +55,18 @@ def sensitivity(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Cut each group of channels alone to several widths and measure top-1, loss and how far the outputs move."""
+    """Cut each group of channels alone to several widths; measure metric (top-1), loss and how far the outputs move."""
     view.set_up(quiet=quiet, verbose=verbose)
     import json
 
     from compress import train
     from compress.cli import arch as architectures
-    from compress.cli import load
+    from compress.cli import load, user_code
     from compress.errors import UsageError
     from compress.files import atomic_write
     from compress.inputs import image_shape
     from compress.sensitivities import sensitivity as measure
+    from compress.task import CLASSIFICATION
 
     shares = _shares(widths)
     for path in (out, plot):
@@ -72,11 +75,21 @@ def sensitivity(
     network, info, source = load.network(model, arch, architectures.parse_arch_args(arch_arg or []))
     info = info.model_copy(update={"input_size": image_shape(network, info, input_size)})
     with view.working("loading the images"):
-        taken = _images(info, data, images, seed or 0)
+        taken = _without_labels(info, data, images, seed or 0)
+        judged_by = None if taken else user_code.task(task, info.task)
+        if judged_by is not None:
+            taken = _labelled(network, info, data, images, seed or 0, judged_by)
+    assert taken is not None
     network = network.to(train.accelerator(device or "auto", "fp32").device)
     with view.counting("tracing, then cutting group by group") as show:
         found = measure(
-            network, taken.judged, calibration=taken.calibration, score=score, widths=shares, on_progress=show
+            network,
+            taken.judged,
+            calibration=taken.calibration,
+            task=judged_by or CLASSIFICATION,
+            score=score,
+            widths=shares,
+            on_progress=show,
         )
     named = {"model": str(model), "sha256": source.sha256, "arch": info.arch, "data": taken.data}
     document = {**named, "split": taken.split, "remark": taken.remark, **found.model_dump(mode="json")}
@@ -102,12 +115,12 @@ def _shares(text: str) -> list[float]:
         raise UsageError(f"--widths {text}: give shares with commas between them, such as 0.25,0.5,0.75") from error
 
 
-def _images(info: ModelInfo, source: str | None, count: int, seed: int) -> Images:
-    """Labelled images (judged on val, calibrated on train), a folder without labels, or noise, for want of all."""
+def _without_labels(info: ModelInfo, source: str | None, count: int, seed: int) -> Images | None:
+    """A folder without labels, or noise for want of any data; None where the data should have labels."""
     import torch
 
     from compress import data
-    from compress.inputs import load_data, noise
+    from compress.inputs import noise
 
     assert info.input_size is not None
     if source is None and info.data is None:
@@ -115,26 +128,32 @@ def _images(info: ModelInfo, source: str | None, count: int, seed: int) -> Image
         held: list[tuple[Tensor, Tensor | None]] = [
             (x, None) for x in torch.split(noise(info.input_size, count), BATCH)
         ]
-        return Images(held, held, "random images", None, NOISE)
-    if source is not None and data.is_unlabelled(source):
-        split = data.unlabelled(source, info.input_size, count=count)
-        view.note(f"{source} holds images without labels: the distortion of the outputs is measured")
-        if info.mean is None or info.std is None:
-            mean, std = data.statistics(split)
-            info = info.model_copy(update={"mean": mean, "std": std})
-            view.note("normalisation: the file says none; measured on these images")
-        held = [(x, None) for x, _ in _batches(info, split, count, seed)]
-        return Images(held, held, source, None, "")
+        return Images(held, held, "random images", remark=NOISE)
+    if source is None or not data.is_unlabelled(source):
+        return None
+    split = data.unlabelled(source, info.input_size, count=count)
+    view.note(f"{source} holds images without labels: the distortion of the outputs is measured")
+    if info.mean is None or info.std is None:
+        mean, std = data.statistics(split)
+        info = info.model_copy(update={"mean": mean, "std": std})
+        view.note("normalisation: the file says none; measured on these images")
+    held = [(x, None) for x, _ in _batches(info, split, count, seed)]
+    return Images(held, held, source)
+
+
+def _labelled(network: nn.Module, info: ModelInfo, source: str | None, count: int, seed: int, task: Task) -> Images:
+    """Images and what they should give: judged on val, calibrated on train."""
     from compress.fit import complete
+    from compress.inputs import example, load_data
+    from compress.train import check_data, check_output
 
     loaded = load_data(info, source, seed=seed)
+    check_data(task, loaded)
+    check_output(network, example(info, loaded.val, 1), task, loaded.labels)
     info = complete(info, loaded)
     val = _batches(info, loaded.val, count, seed)
     calibration = _batches(info, loaded.train, count, seed) if len(loaded.train) else val
-    if loaded.val.has_masks:
-        view.note(f"{loaded.name} holds masks: the distortion of the outputs is measured")
-        val, calibration = [(x, None) for x, _ in val], [(x, None) for x, _ in calibration]
-    return Images(val, calibration, loaded.name, "val", "")
+    return Images(val, calibration, loaded.name, "val")
 
 
 def _batches(info: ModelInfo, split: Split, count: int, seed: int) -> list[tuple[Tensor, Tensor | None]]:
@@ -150,16 +169,19 @@ def _batches(info: ModelInfo, split: Split, count: int, seed: int) -> list[tuple
 
 
 def _show(found: Mapping[str, Any], shares: list[float]) -> None:
+    from compress.report.words import metric_words
+
     dense = found["dense"]
-    is_labelled = dense["top1"] is not None
-    what = "change of top-1 in points, loss" if is_labelled else "distortion of the outputs"
+    is_labelled = found["metric"] is not None
+    name_of = metric_words(found["metric"] or "")
+    what = f"change of {name_of} in points, loss" if is_labelled else "distortion of the outputs"
     on = f"{found['images']:,} images of {found['data']}"
     if is_labelled:
-        on = f"{on} ({found['split']}); uncut: top-1 {dense['top1']:.2f} %, loss {view.figure(dense['loss'])}"
+        on = f"{on} ({found['split']}); uncut: {name_of} {dense['value']:.2f} %, loss {view.figure(dense['loss'])}"
     rows = []
     for name, curve in found["groups"].items():
         cells = {
-            width["keep"]: f"{width['top1'] - dense['top1']:+.2f}, {view.figure(width['loss'])}"
+            width["keep"]: f"{width['value'] - dense['value']:+.2f}, {view.figure(width['loss'])}"
             if is_labelled
             else view.figure(width["distortion"])
             for width in curve["widths"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pydantic import BaseModel
 
 
-class Outcome(BaseModel, frozen=True):
-    """How a network answers; top-1 and loss only where there are labels."""
+class Outcome(BaseModel, frozen=True, extra="forbid"):
+    """How a network answers; the metric and the loss only where there are labels or masks."""
 
-    top1: float | None = None  # percent
-    loss: float | None = None  # mean cross-entropy
+    value: float | None = None  # of the metric, percent
+    loss: float | None = None  # the task's mean loss
     distortion: float = 0.0  # |outputs - dense outputs| / |dense outputs|, Euclidean, over all images
 
 
@@ -31,6 +31,7 @@ class Sensitivity(BaseModel, frozen=True):
     """Every free group's curve, and the uncut network's outcome with its batch norms measured on the same images."""
 
     score: str
+    metric: str | None = None  # what `value` is: top1, miou, or what a task of one's own measures; None without labels
     images: int
     calibration_images: int
     dense: Outcome

@@ -72,7 +72,9 @@ class PrunePart(BaseModel):
     redraw: bool = Field(False, description="draw new weights after the cut: the control, trained from scratch")
     floor: float = Field(0.5, ge=0, le=1, description="least width of a layer, as a share of the even width")
     sensitivity: str = Field("", description="file of `compress sensitivity`: no group alone may lose more than")
-    max_group_drop: float | None = Field(None, gt=0, le=100, description="points of top-1; None: 1, where measured")
+    max_group_drop: float | None = Field(
+        None, gt=0, le=100, description="points of the metric; None: 1, where measured"
+    )
     max_group_distortion: float | None = Field(None, gt=0, description="share of the outputs' norm; None: no limit")
     drop_blocks: bool = Field(False, description="residual branches may leave whole; off: benchmarks/LOG.md")
     rounds: int = Field(1, ge=1, le=100, description="sparse training and cut, this often, on a geometric path to keep")

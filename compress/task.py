@@ -131,6 +131,11 @@ def ours(name: str) -> Task:
     return TASKS[name or "classification"]()
 
 
+def loss_of(task: Task) -> Callable[[Any, Any], Tensor]:
+    """The task's mean loss, (), as a function of the network's whole output and the targets; in float32."""
+    return lambda output, targets: task.loss(task.logits(output).float(), targets)
+
+
 def reported(task: Task, value: float) -> dict[str, Any]:
     """A metric as JSON has it; `top1` stays beside it, None where the task measures something else."""
     return {"top1": value if task.metric == "top1" else None, "metric": {"name": task.metric, "value": value}}

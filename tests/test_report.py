@@ -27,12 +27,13 @@ EVIL = "<script>alert('label')</script>"
 SPEEDUPS = {"faster": (2.0, 1.9, 2.1), "slower": (0.8, 0.75, 0.85), "not distinguishable": (1.0, 0.97, 1.03)}
 Facts = dict[str, Any]
 SENSITIVITY: Facts = {
-    "score": "l2", "images": 8, "calibration_images": 8, "dense": {"top1": 82.0, "loss": 0.5, "distortion": 0.0},
+    "score": "l2", "metric": "top1", "images": 8, "calibration_images": 8,
+    "dense": {"value": 82.0, "loss": 0.5, "distortion": 0.0},
     "groups": {
-        "conv1": {"size": 8, "widths": [{"keep": 0.5, "kept": 4, "top1": 60.0, "loss": 1.5, "distortion": 0.5}]},
+        "conv1": {"size": 8, "widths": [{"keep": 0.5, "kept": 4, "value": 60.0, "loss": 1.5, "distortion": 0.5}]},
         EVIL: {"size": 4, "widths": [
-            {"keep": 0.25, "kept": 1, "top1": 80.0, "loss": 0.7, "distortion": 0.2},
-            {"keep": 0.5, "kept": 2, "top1": 81.0, "loss": 0.6, "distortion": 0.1},
+            {"keep": 0.25, "kept": 1, "value": 80.0, "loss": 0.7, "distortion": 0.2},
+            {"keep": 0.5, "kept": 2, "value": 81.0, "loss": 0.6, "distortion": 0.1},
         ]},
     },
     "frozen": {"head": "its channels reach the output"},
@@ -240,7 +241,7 @@ def test_plotly_knows_every_figure(run: Path) -> None:
     facts = make_facts()
     facts["sensitivity"] = SENSITIVITY
     specs = json.loads(scripts(pages.html(report.build(run, facts)))["figures"])
-    assert {"sensitivity-top1", "sensitivity-loss", "sensitivity-distortion"} <= specs.keys()
+    assert {"sensitivity-value", "sensitivity-loss", "sensitivity-distortion"} <= specs.keys()
     for name, spec in specs.items():
         painted = json.loads(re.sub(r"shade\([0-9.]+\)", "#123456", json.dumps(spec)))
         assert plotly.graph_objects.Figure(painted).data, name  # raises where plotly has no such attribute

@@ -144,6 +144,30 @@ def test_a_task_of_ones_own(run: tuple[Path, Any, Any], folder: Path, tmp_path: 
     assert found["metric"]["name"] == "pixels" and found["metric"]["value"] > 60
 
 
+def test_each_group_alone_is_judged_by_the_metric(run: tuple[Path, Any, Any], folder: Path, tmp_path: Path) -> None:
+    net = f"{folder / 'net.py'}:net"
+    page = tmp_path / "s.html"
+    found = answer("sensitivity", run[0], "--arch", net, "--data", folder, "--widths", "0.1", "--plot", page)
+    assert found["metric"] == "miou" and found["dense"]["value"] > 60 and found["split"] == "val"
+    assert any(w["value"] < found["dense"]["value"] for c in found["groups"].values() for w in c["widths"])
+    assert "mean IoU (%)" in page.read_text()
+    pixels = answer(
+        "sensitivity",
+        run[0],
+        "--arch",
+        net,
+        "--data",
+        folder,
+        "--widths",
+        "0.1",
+        "--task",
+        f"{folder / 'mine.py'}:Mine",
+    )
+    assert pixels["metric"] == "pixels" and pixels["dense"]["loss"] == pytest.approx(found["dense"]["loss"])
+    refused = call("sensitivity", run[0], "--arch", net, "--data", folder, "--task", "classification")
+    assert refused.exit_code == 3 and "holds masks, a class for each pixel" in refused.stderr
+
+
 def test_what_is_refused(run: tuple[Path, Any, Any], folder: Path, tmp_path: Path) -> None:
     net, out = f"{folder / 'net.py'}:net", tmp_path / "out.safetensors"
     for task, code, text in (

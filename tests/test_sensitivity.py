@@ -28,6 +28,7 @@ from compress.recipe import make
 from compress.report.curves import curves, sensitivity_page
 from compress.scores import SCORES
 from compress.sensitivities import Curve, Outcome, Sensitivity, Width, limits, read
+from compress.task import IGNORED, Segmentation, loss_of
 from tests.couplings import normed
 from tests.nets import NETS, lively
 from tests.shell import MODEL, answer, call, refusal
@@ -77,14 +78,14 @@ def test_every_figure_is_that_of_the_zeroed_network_with_fresh_norms(name: str) 
             outputs = fresh_norms(zeroed, X)(X).detach()
             assert width.distortion == pytest.approx(float((outputs - dense).norm() / dense.norm()), rel=1e-9)
             assert width.loss == pytest.approx(float(F.cross_entropy(outputs, Y % 4)), rel=1e-9)
-            assert width.top1 == pytest.approx(100 * float((outputs.argmax(1) == Y % 4).double().mean()))
+            assert width.value == pytest.approx(100 * float((outputs.argmax(1) == Y % 4).double().mean()))
 
 
 def test_without_labels_the_outputs_are_compared_and_layer_norms_see_the_narrow_trunk() -> None:
     torch.manual_seed(0)
     model = lively(normed()).double()
     found = compress.sensitivity(model, [(X, None)], widths=(0.5,))
-    assert found.dense.model_dump() == {"top1": None, "loss": None, "distortion": 0.0}
+    assert found.dense.model_dump() == {"value": None, "loss": None, "distortion": 0.0} and found.metric is None
     kept = SCORES["l2"](model, trace(model, X[:1]))["embed"].argsort(descending=True, stable=True)[:12].sort().values
     state = {
         key: value.index_select(value.dim() - 1 if key in ("mix.1.weight", "head.weight") else 0, kept)
@@ -100,20 +101,70 @@ def test_without_labels_the_outputs_are_compared_and_layer_norms_see_the_narrow_
     assert width.distortion == pytest.approx(float((outputs - dense).norm() / dense.norm()), rel=1e-9)
 
 
+class Two(Segmentation):
+    """Both outputs of a dict, of a network that takes two images; a pair comes as (one, other, masks)."""
+
+    name, metric = "two", "pixels"
+
+    def unpack(self, batch: Any) -> tuple[Any, Any]:
+        return batch[:2], batch[2]
+
+    def logits(self, output: Any) -> torch.Tensor:
+        return output["a"] + output["b"]
+
+    def value(self, counts: torch.Tensor) -> float:
+        return float(100 * counts.diagonal().sum() / counts.sum())
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+        self.a, self.b = nn.Conv2d(8, 3, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        both = torch.relu(self.one(x)) + torch.relu(self.other(y))
+        return {"a": self.a(both), "b": self.b(both)}
+
+
+@pytest.mark.parametrize("score", ["l2", "taylor"])
+def test_a_task_of_ones_own_is_judged_by_its_metric(score: str) -> None:
+    torch.manual_seed(0)
+    model, masks = Pair().double(), torch.randint(3, (24, 16, 16))
+    masks[:, 0] = IGNORED
+    batches = [(X[at : at + 8], X[at : at + 8].flip(2), masks[at : at + 8]) for at in (0, 8, 16)]
+    found = compress.sensitivity(model, batches, task=Two(), score=score, widths=(0.5,))
+    (group,) = (g for g in trace(model, (X[:1], X[:1])) if g.frozen is None)
+    width = found.groups[group.name].widths[0]
+    assert found.metric == "pixels" and found.images == 24 and width.kept == 4
+    given = [((x, y), m) for x, y, m in batches]
+    scored = SCORES[score](model, (group,), given, **({"loss": loss_of(Two())} if score == "taylor" else {}))
+    kept = scored[group.name].argsort(descending=True, stable=True)[:4].tolist()
+    zeroed = copy.deepcopy(model)
+    zero(zeroed, (group,), {group.name: kept})
+    for network, outcome in ((model, found.dense), (zeroed, width)):
+        with torch.no_grad():
+            logits = Two().logits(network(X, X.flip(2)))
+        counts = masks != IGNORED
+        right = (logits.argmax(1) == masks)[counts].double().mean()
+        assert outcome.value == pytest.approx(100 * float(right))
+        assert outcome.loss == pytest.approx(float(F.cross_entropy(logits, masks, ignore_index=IGNORED)), rel=1e-9)
+
+
 def made(harms: dict[str, list[float]], dense: float = 90.0) -> Sensitivity:
-    """Groups of 8 channels measured at 2, 4 and 6, with these drops of top-1, the narrowest first."""
+    """Groups of 8 channels measured at 2, 4 and 6, with these drops of the metric, the narrowest first."""
     curves = {
         name: Curve(
             size=8,
             widths=tuple(
-                Width(keep=k / 8, kept=k, top1=dense - harm, loss=1.0, distortion=harm / 100)
+                Width(keep=k / 8, kept=k, value=dense - harm, loss=1.0, distortion=harm / 100)
                 for k, harm in zip((2, 4, 6), values, strict=True)
             ),
         )
         for name, values in harms.items()
     }
-    whole = Outcome(top1=dense, loss=1.0)
-    return Sensitivity(score="l2", images=9, calibration_images=9, dense=whole, groups=curves, frozen={})
+    whole = Outcome(value=dense, loss=1.0)
+    return Sensitivity(score="l2", metric="top1", images=9, calibration_images=9, dense=whole, groups=curves, frozen={})
 
 
 def test_limits_between_and_below_the_widths() -> None:
@@ -191,7 +242,7 @@ def test_the_page_holds_every_figure_and_needs_no_network() -> None:
     assert "a&lt;b&gt;" in page and "<d>" not in page and "http" not in page.replace("http-equiv", "")
     assert "82.0" in page and "default-src &#39;none&#39;" in page.replace("'", "&#39;")
     top1 = curves(found)[0]
-    assert top1.name == "sensitivity-top1" and top1.keys[0] == ("cut", "a<b>")
+    assert top1.name == "sensitivity-value" and top1.title == "top-1" and top1.keys[0] == ("cut", "a<b>")
     other, worst = top1.spec["data"]  # the worst one is drawn last, on top, in a colour of its own
     assert worst["name"] == "a&lt;b&gt;" and worst["line"]["color"] == "var(--cut)" != other["line"]["color"]
     assert worst["x"] == [0.25, 0.5, 0.75, 1.0] and worst["text"][0].startswith("a&lt;b&gt;, ")
@@ -210,7 +261,7 @@ def test_from_the_command_line_to_a_limited_cut(tmp_path: Path) -> None:
     found = answer("sensitivity", MODEL, *options, "--out", file, "--plot", page)
     assert found == json.loads(file.read_text()) and found["split"] == "val" and found["images"] == 64
     assert len(found["groups"]) == 12 and page.read_text().startswith("<!doctype html>")
-    trunk = found["dense"]["top1"] - found["groups"]["conv1"]["widths"][0]["top1"]
+    trunk = found["dense"]["value"] - found["groups"]["conv1"]["widths"][0]["value"]
     assert trunk > 1  # or it would limit nothing
     least = limits(read(file), [compress.Group(n, c["size"], ()) for n, c in found["groups"].items()], max_drop=1.0)
     setting = ("--set", f"prune.sensitivity={file}", "--set", "data.image_size=8", "--round-to", 1)
@@ -244,7 +295,9 @@ def test_images_without_labels_and_no_images(tmp_path: Path) -> None:
         Image.effect_noise((12, 12), 60 + index).save(tmp_path / ("sub" if index % 2 else "") / f"{index}.png")
     options = ("--arch-arg", "num_classes=10", "--widths", "0.5", "--input-size", 8, "--device", "cpu")
     found = answer("sensitivity", MODEL, *options, "--data", tmp_path)
-    assert found["images"] == 5 and found["split"] is None and found["dense"]["top1"] is None
+    assert (
+        found["images"] == 5 and found["split"] is None and found["dense"]["value"] is None and found["metric"] is None
+    )
     assert all(0 < w["distortion"] < 10 for curve in found["groups"].values() for w in curve["widths"])
     bare = tmp_path / "bare.safetensors"
     save_file(read_checkpoint(Path(MODEL)).tensors, bare)  # without a word on the data

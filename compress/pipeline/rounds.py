@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compress import ranks, sparse, train
 from compress.errors import PruneError, UsageError
@@ -24,11 +24,11 @@ from compress.recipe import Recipe
 from compress.regularize import REGULARIZERS, SPARSE_TRAINING, Regularizer, numbers
 from compress.regularize.make import make
 from compress.report.words import metric_words, strength_words
-from compress.scores import DATA_DRIVEN, SCORES, Scores
+from compress.scores import DATA_DRIVEN, LOSS_DRIVEN, SCORES, Scores
 from compress.structure import redraw
+from compress.task import loss_of
 
 SCORE_BATCHES = 8  # training batches that a data-driven score sees: about a thousand images, in seconds (ours)
-LOSS_DRIVEN = {"taylor", "hessian"}  # data-driven scores that differentiate the task's loss
 FOLD_BATCHES = 8  # training batches that the fold sees, likewise
 SIZE_MARGIN = 0.005  # by how much a file's size is undercut: the bytes of its graph change a little with the widths
 
@@ -227,15 +227,13 @@ def _scores(run: Run, model: nn.Module, groups: Sequence[Group], regularizers: S
 
     def score() -> Scores:
         # a loader of its own: its order depends on the seed alone, so that a resumed run scores the same images
-        batches = islice(run.loader(run.data.train, train=True), SCORE_BATCHES) if name in DATA_DRIVEN else None
+        loader = islice(run.loader(run.data.train, train=True), SCORE_BATCHES) if name in DATA_DRIVEN else None
+        batches = map(run.task.unpack, loader) if loader is not None else None
         if name == "random":
             return SCORES[name](model, groups, seed=run.recipe.seed)  # type: ignore[call-arg]
         if name in LOSS_DRIVEN:
-            return SCORES[name](model, groups, batches, loss=loss)  # type: ignore[call-arg]
+            return SCORES[name](model, groups, batches, loss=loss_of(run.task))  # type: ignore[call-arg]
         return SCORES[name](model, groups, batches)
-
-    def loss(output: Any, targets: Any) -> Tensor:
-        return run.task.loss(run.task.logits(output).float(), targets)
 
     told = ranks.first(lambda: {group: values.tolist() for group, values in score().items()})
     return {group: torch.tensor(values) for group, values in told.items()}

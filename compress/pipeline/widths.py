@@ -39,7 +39,7 @@ def select_as(
     drop = prune.max_group_drop
     if found is None and (drop or prune.max_group_distortion):
         raise UsageError("prune.max_group_drop and max_group_distortion need prune.sensitivity, a file to go by")
-    if drop is None and found is not None and found.dense.top1 is not None and prune.max_group_distortion is None:
+    if drop is None and found is not None and found.dense.value is not None and prune.max_group_distortion is None:
         drop = MAX_GROUP_DROP
     return select(
         groups,

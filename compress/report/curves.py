@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress.report.figures import Figure, Spec, line, log_axis, plain, shade
-from compress.report.words import figure, without_folder
+from compress.report.words import figure, metric_words, without_folder
 
 MEASURES = {  # key -> title and unit; drawn where it was measured
-    "top1": ("Top-1", "percent"),
+    "value": ("Metric", "percent"),  # the title says which
     "loss": ("Loss", "log scale"),
     "distortion": ("Distortion of the outputs", "log scale, as a share of the outputs' norm"),
 }
@@ -39,7 +39,7 @@ def curves(found: Mapping[str, Any]) -> tuple[Figure, ...]:
 
 def _curves(found: Mapping[str, Any], key: str) -> Figure | None:
     shown = [name for name, curve in found["groups"].items() if curve["widths"]]  # one channel has no curve
-    is_log = key != "top1"
+    is_log = key != "value"
     if not any(width[key] > 0 or not is_log for name in shown for width in found["groups"][name]["widths"]):
         return None
     dense: float = found["dense"][key]
@@ -58,6 +58,8 @@ def _curves(found: Mapping[str, Any], key: str) -> Figure | None:
         }]  # fmt: skip
         keys += (("dash dense", f"uncut {figure(dense)}"),)
     title, unit = MEASURES[key]
+    if key == "value":
+        title = metric_words(found["metric"])
     return Figure(f"sensitivity-{key}", title, unit, {"data": data, "layout": layout}, keys)
 
 
@@ -65,7 +67,7 @@ def _run(found: Mapping[str, Any], name: str, key: str, colour: str) -> Spec:
     """A group's line, up to the uncut network at 1 where that has a place on the axis."""
     curve, dense = found["groups"][name], found["dense"][key]
     x = [width["kept"] / curve["size"] for width in curve["widths"]]
-    y = [width[key] if key == "top1" or width[key] > 0 else None for width in curve["widths"]]
+    y = [width[key] if key == "value" or width[key] > 0 else None for width in curve["widths"]]
     texts = [f"{plain(name)}, {w['kept']} of {curve['size']} channels: {figure(w[key])}" for w in curve["widths"]]
     if dense > 0:
         x, y, texts = [*x, 1.0], [*y, dense], [*texts, f"uncut: {figure(dense)}"]
@@ -76,4 +78,4 @@ def _suffering(curve: Mapping[str, Any], key: str) -> float:
     """The mean over the widths, turned so that more is worse."""
     values: Sequence[float] = [width[key] for width in curve["widths"]]
     mean = sum(values) / max(1, len(values))
-    return -mean if key == "top1" else mean
+    return -mean if key == "value" else mean

@@ -24,7 +24,7 @@ _TASKS = {  # by metric, as the Hub calls them
 _FOLDER = Path(__file__).parent
 _MARKDOWN = re.compile(r"([\\`*_\[\]|~])")
 _NAMES = ("figure", "percent", "points", "count", "speed_words", "latency_conditions", "commands", "strength_words",
-          "phase_words", "file_words", "asked")  # fmt: skip
+          "phase_words", "file_words", "asked", "metric_words")  # fmt: skip
 
 
 def html(report: Mapping[str, Any]) -> str:

@@ -26,3 +26,4 @@ SCORES: dict[str, Score] = {
     "random": random,
 }
 DATA_DRIVEN = frozenset({"taylor", "hessian", "obd-c", "activation"})  # the names in SCORES that need batches
+LOSS_DRIVEN = frozenset({"taylor", "hessian"})  # those of them that take the `loss` to differentiate: a task's

@@ -7,11 +7,12 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from compress.example import Example
 from compress.groups import Group
 from compress.groups.parts import layer_mean, rows, weights
 
 Scores = Mapping[str, Tensor]  # group name -> (size,) float32 on the CPU; larger = keep
-Batches = Iterable[tuple[Tensor, Tensor]]  # images (N, C, H, W), labels (N,) int64
+Batches = Iterable[tuple[Example, Tensor]]  # images (N, C, H, W) or several inputs; labels (N,) int64 or masks
 
 
 class Score(Protocol):

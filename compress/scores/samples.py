@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.errors import UsageError
+from compress.example import like
 from compress.groups import Group, Slice
 from compress.groups.parts import layer_mean, rows, weights
 from compress.scores.layers import Batches, Scores
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # logits (N, classes), labels (N,) -> (), the mean over the images
+Loss = Callable[[Any, Tensor], Tensor]  # the network's output, the targets -> (), the mean over the images
+Given = tuple[tuple[Tensor, ...], Tensor]  # what the network is called with, and the targets
 IMAGES = 256  # single images that `hessian` and `obd_c` go through (ours): seconds for a CIFAR network on two cores
 
 
@@ -35,8 +37,8 @@ def taylor(
     tensors = [tensor for *_, tensor in held]
     totals = [torch.zeros(()) for _ in held]
     with _evaluating(model), torch.enable_grad():
-        for images, labels in _read(model, batches, "taylor"):
-            gradients = _gradients(loss(model(images), labels), tensors)
+        for given, targets in _read(model, batches, "taylor"):
+            gradients = _gradients(loss(model(*given), targets), tensors)
             for at, (group, part, tensor) in enumerate(held):
                 change = rows(gradients[at] * tensor.detach(), part, group.size).double().sum(1)
                 totals[at] = totals[at] + change.square().cpu()
@@ -101,8 +103,8 @@ def activation(model: nn.Module, groups: Sequence[Group], batches: Batches | Non
             handles.append(watch(module, group, part, is_read=bool(readers)))
     try:
         with _evaluating(model), torch.no_grad():
-            for images, _ in _read(model, batches, "activation"):
-                model(images)
+            for given, _ in _read(model, batches, "activation"):
+                model(*given)
     finally:
         for handle in handles:
             handle.remove()
@@ -116,15 +118,16 @@ def _held(model: nn.Module, groups: Sequence[Group]) -> Held:
     return [(group, part, tensor) for group in groups for part, tensor in weights(model, group)]
 
 
-def _curvature(model: nn.Module, groups: Sequence[Group], batches: Batches, loss: Loss) -> Scores:
+def _curvature(model: nn.Module, groups: Sequence[Group], batches: Iterator[Given], loss: Loss) -> Scores:
     """sum_s w_s^2 * sum_n g_ns^2, one image at a time: exact for any network, whatever it does to a batch."""
     held = _held(model, groups)
     tensors = [tensor for *_, tensor in held]
     squares = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in tensors]
     with _evaluating(model), torch.enable_grad():
-        for images, labels in batches:
-            for image, label in zip(torch.split(images, 1), torch.split(labels, 1), strict=True):
-                for total, gradient in zip(squares, _gradients(loss(model(image), label), tensors), strict=True):
+        for given, targets in batches:
+            for at in range(len(targets)):
+                one = loss(model(*(inputs[at : at + 1] for inputs in given)), targets[at : at + 1])
+                for total, gradient in zip(squares, _gradients(one, tensors), strict=True):
                     total += gradient.double().square()
     return _by_group(
         groups,
@@ -146,28 +149,28 @@ def _by_group(groups: Sequence[Group], held: Held, values: Sequence[Tensor]) -> 
     return {group.name: layer_mean(of[group.name], group.size) for group in groups}
 
 
-def _first(batches: Batches, images: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _first(batches: Iterator[Given], images: int) -> Iterator[Given]:
     """The batches up to `images` images, the last one cut."""
     left = images
-    for inputs, labels in batches:
-        yield inputs[:left], labels[:left]
-        left -= len(labels)
+    for given, targets in batches:
+        yield tuple(inputs[:left] for inputs in given), targets[:left]
+        left -= len(targets)
         if left <= 0:
             return
 
 
-def _read(model: nn.Module, batches: Batches | None, score: str) -> Iterator[tuple[Tensor, Tensor]]:
+def _read(model: nn.Module, batches: Batches | None, score: str) -> Iterator[Given]:
     """The batches on the network's device and in its precision; none at all is refused."""
     if batches is None:
         raise UsageError(
             f"the score {score!r} needs data: give batches, pairs of images and labels, or take a score that reads "
             "weights alone, such as 'l2'"
         )
-    like = next(t for t in model.state_dict().values() if t.is_floating_point())
+    own = next(t for t in model.state_dict().values() if t.is_floating_point())
     count = 0
-    for images, labels in batches:
+    for inputs, targets in batches:
         count += 1
-        yield images.to(like), labels.to(like.device)
+        yield like(inputs, own), targets.to(own.device)
     if not count:
         raise UsageError(f"the score {score!r} needs data, and there was no batch in what it was given")
 
