@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.bench import machine
-from compress.bench.open_vino import DEVICE, settings
+from compress.bench.open_vino import DEVICE, core, settings
 from compress.bench.protocol import Runtime
 from compress.bench.runtimes import RUNTIMES, check, open_on
 from compress.bench.session import kernels, session_options, small_model
@@ -136,12 +136,9 @@ def _one_by_one(runtime: Runtime, layers: Sequence[Layer], threads: int) -> list
 
 
 def _by_openvino(layers: Sequence[Layer], threads: int) -> list[float]:
-    import openvino
-
     model, feeds = side_by_side(layers)
-    core = openvino.Core()
-    request = core.compile_model(core.read_model(model), DEVICE, {**settings(threads), "PERF_COUNT": True})
-    request = request.create_infer_request()
+    made = core().compile_model(core().read_model(model), DEVICE, {**settings(threads), "PERF_COUNT": True})
+    request = made.create_infer_request()
     spent: dict[int, list[float]] = defaultdict(list)
     for _ in range(WARM_UP + ROUNDS):
         request.infer(feeds)

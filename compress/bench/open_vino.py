@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,10 @@ def open_openvino(path: Path, *, threads: int) -> OpenVinoSession:
         LoadError: the file is missing, or OpenVINO does not accept it.
         MeasureError: it was compiled for another device or precision.
     """
-    import openvino
-
     if not path.is_file():
         raise LoadError(f"{path} is not a file; give the path of an .onnx file")
-    core = openvino.Core()
     try:
-        model = core.compile_model(core.read_model(path), DEVICE, settings(threads))
+        model = core().compile_model(core().read_model(path), DEVICE, settings(threads))
     except RuntimeError as error:
         raise LoadError(f"{path} is not an ONNX file that OpenVINO can load: {one_line(error)}") from error
     devices, precision = model.get_property("EXECUTION_DEVICES"), model.get_property("INFERENCE_PRECISION_HINT")
@@ -70,6 +68,14 @@ def open_openvino(path: Path, *, threads: int) -> OpenVinoSession:
         text = f"{path.name} was compiled for {', '.join(devices)} in {precision.get_type_name()}"
         raise MeasureError(f"runtime openvino cannot be measured here: {text}, not for {DEVICE} in f32; use ort-cpu")
     return OpenVinoSession(model, model.create_infer_request())
+
+
+@cache
+def core() -> Any:
+    """OpenVINO's own state, one for the process: with the last one its device library would be unloaded again."""
+    import openvino
+
+    return openvino.Core()
 
 
 def settings(threads: int) -> dict[str, Any]:
