@@ -14,7 +14,7 @@ from compress.comparison.verdict import Point, compare, sentence
 from compress.files import atomic_write
 from compress.report.figures import Figure
 from compress.report.listing import Listing, listing_page, over_log, points
-from compress.report.words import figure, metric_words
+from compress.report.words import count, figure, metric_words
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5fc7", "#8c564b")
@@ -84,31 +84,34 @@ def html(content: Mapping[str, Any]) -> str:
     where, notes = content["conditions"], []
     if where:
         notes.append(
-            f"Latency: {where['runtime']}, batch {where['batch']}, {where['threads']} threads, all files in turn in "
-            f"one process after the runs, on {where.get('cpu', 'this machine')}. Bars: smallest and largest seed."
+            f"Latency: {where['runtime']}, batch {where['batch']}, {count(where['threads'], 'thread')}, all files in "
+            f"turn in one process after the runs, on {where.get('cpu', 'this machine')}. Bars: smallest and largest "
+            "seed; in the table the spread between them in brackets."
         )
     notes += [f"failed: {run}: {why}" for run, why in content["failed"].items()]
     header, found = table(content)
-    return listing_page(Listing("Methods compared", "; ".join(verdicts), notes, header, found), figures)
+    words = header.index("target")
+    return listing_page(Listing("Methods compared", "; ".join(verdicts), notes, header, found, words), figures)
 
 
 def table(content: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows as text."""
+    """Header and rows as text; the network is named where there are several."""
     run: Mapping[str, Any] = next(iter(content["runs"]), {"measured": "top1", "split": {"name": "test"}})
     header = (
         "network", "method", "target", "runs", f"{metric_words(run['measured'])} on {run['split']['name']} (%)",
-        "spread", "params left", "MACs left", "latency (ms)", "spread", "times faster",
+        "params left", "MACs left", "latency (ms)", "times faster",
     )  # fmt: skip
-    return header, [_cells(row) for row in content["rows"]]
+    first = 0 if len(content["grid"]["models"]) > 1 else 1
+    return header[first:], [_cells(row)[first:] for row in content["rows"]]
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     value, latency, gain = row["value"], row["latency_ms"], row["speedup"]
     return (
         Path(row["model"]).stem, row["method"], "" if row["target"] is None else f"{row['target']:g}", str(row["n"]),
-        f"{value['mean']:.2f}", f"{value['high'] - value['low']:.2f}", figure(row["kept"]["params"]),
-        figure(row["kept"]["macs"]), *(("", "") if latency is None
-        else (figure(latency["mean"]), figure(latency["high"] - latency["low"]))),
+        f"{value['mean']:.2f} ({value['high'] - value['low']:.2f})",
+        figure(row["kept"]["params"]), figure(row["kept"]["macs"]),
+        "" if latency is None else f"{figure(latency['mean'])} ({figure(latency['high'] - latency['low'])})",
         "" if gain is None else figure(gain["mean"]),
     )  # fmt: skip
 

@@ -70,7 +70,7 @@ def shade(place: int, count: int) -> str:
 
 
 def log_axis(values: Iterable[float | None]) -> Spec:
-    """A logarithmic axis around the values above 0, with at most seven round ticks, as close as that allows."""
+    """A logarithmic axis around the values above 0: at most seven round ticks, none closer than a twelfth of it."""
     drawn = [value for value in values if value is not None and value > 0] or [1.0]
     low, high = math.log10(min(drawn)), math.log10(max(drawn))
     room = max(0.04, 0.06 * (high - low))
@@ -79,7 +79,11 @@ def log_axis(values: Iterable[float | None]) -> Spec:
     rows = [[value for power in powers for d in digits if low <= math.log10(value := float(f"{d}e{power}")) <= high]
             for digits in DIGITS]  # fmt: skip
     few = next((row for row in rows if len(row) <= 7), rows[-1][:: len(rows[-1]) // 7 + 1])
-    return {"type": "log", "range": [low, high], "tickvals": few, "ticktext": [f"{value:g}" for value in few]}
+    apart: list[float] = []
+    for value in few:
+        if not apart or math.log10(value / apart[-1]) > (high - low) / 12:
+            apart.append(value)
+    return {"type": "log", "range": [low, high], "tickvals": apart, "ticktext": [f"{value:g}" for value in apart]}
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,21 @@ from compress.report.figures import Figure, Spec, log_axis, plain
 
 @dataclass(frozen=True)
 class Listing:
-    """What the page says; `rows` have as many cells as `header`."""
+    """What the page says; `rows` have as many cells as `header`, of which the first `words` hold words, not figures."""
 
     title: str
     verdict: str
     notes: Sequence[str]
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    words: int = 1
 
 
 def listing_page(what: Listing, figures: Sequence[Figure]) -> str:
     """One HTML file that needs no other and asks no network; everything inserted is escaped."""
     from compress.report.pages import page  # jinja2 only where pages are written
 
-    values = {name: getattr(what, name) for name in ("title", "verdict", "notes", "header", "rows")}
+    values = {name: getattr(what, name) for name in ("title", "verdict", "notes", "header", "rows", "words")}
     return page("listing.html.j2", {"all": figures}, values)
 
 

@@ -98,7 +98,7 @@ def html(content: Mapping[str, Any]) -> str:
     ]
     header = ("trial", "tried", f"{content['metric']} left", f"validation {name} (%)", "points", "", "seconds")
     notes = ["Above the dashed line a network is within the budget. Pointing at a point names what was tried."]
-    what_for = Listing("Search within an accuracy budget", verdict(content), notes, header, rows)
+    what_for = Listing("Search within an accuracy budget", verdict(content), notes, header, rows, words=2)
     return listing_page(what_for, [drawn])
 
 
