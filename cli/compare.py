@@ -73,13 +73,16 @@ def compare(
     threads = threads or max(1, len(os.sched_getaffinity(0)) // jobs if hasattr(os, "sched_getaffinity") else 1)
     children = Children(out, grid, threads)
     try:
-        comparison.work(queue, lambda name: children.run(every[name]), jobs=jobs, on_progress=_show(len(every), queue))
+        comparison.work(
+            queue,
+            lambda name: children.run(every[name]),
+            jobs=jobs,
+            on_progress=_show(len(every), queue),
+            on_stop=children.interrupt,
+        )
     except KeyboardInterrupt:
-        children.interrupt()
         view.hint(f"stopped; continue with: compress compare --out {out}")
         raise
-    finally:
-        children.interrupt()
     content = _finish(out, grid, queue)
     if as_json:
         view.document(content)
@@ -112,21 +115,24 @@ def _finish(out: Path, grid: Grid, queue: Any) -> dict[str, Any]:
     missing = sorted({run["run"] for run in content["runs"]} - set(latency["files"]))
     if missing:
         view.note(f"not measured, as their files are not here: {', '.join(missing)}")
+    called = grids.labels(grid.models)
     for model, verdict in content["verdicts"].items():
-        view.note(f"{Path(model).stem}: {verdict['sentence']}")
+        view.note(f"{called[model]}: {verdict['sentence']}")
     view.note(f"{out / 'compare.html'}")
     return content
 
 
 def _table(content: Mapping[str, Any]) -> None:
     """One row a method and target; compare.html has it in full."""
-    is_one = len(content["grid"]["models"]) == 1
+    from compress.comparison.grid import labels
+
+    named = labels(content["grid"]["models"])
     rows = []
     for row in content["rows"]:
         value, latency, gain = row["value"], row["latency_ms"], row["speedup"]
         rows.append(
             (
-                row["method"] if is_one else f"{Path(row['model']).stem}: {row['method']}",
+                row["method"] if len(named) == 1 else f"{named[row['model']]}: {row['method']}",
                 "" if row["target"] is None else f"{row['target']:g}",
                 str(row["n"]),
                 f"{value['mean']:.2f} ({value['high'] - value['low']:.2f})",
@@ -157,9 +163,12 @@ class Children:
         from compress.errors import CompressError
 
         place = self._out / "runs" / cell.name
-        given = [*arguments(self._grid, cell, place), "--threads", str(self._threads), "--json", "-q"]
+        begun = ["resume", str(place)]  # with the threads that it was begun with, here or on another machine
+        new = [*arguments(self._grid, cell, place), "--threads", str(self._threads)]
+        given = begun if (place / "recipe.yaml").is_file() else new
         child = subprocess.Popen(
-            [sys.executable, "-m", "compress.cli", *given], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-m", "compress.cli", *given, "--json", "-q"],
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": str(self._threads)},
         )  # fmt: skip
         self._running.add(child)

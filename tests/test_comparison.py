@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -17,8 +18,8 @@ import pytest
 import torch
 
 from compress.comparison import Grid, Queue, document, measure, outcome, read, work
-from compress.comparison.grid import SCRATCH, TUNED, Cell, arguments, cells, method_options, settle
-from compress.comparison.verdict import EQUAL, Point, compare, differences, height, interval, sentence
+from compress.comparison.grid import SCRATCH, TUNED, Cell, arguments, cells, labels, method_options, settle
+from compress.comparison.verdict import EQUAL, Point, compare, height, sentence
 from compress.errors import CompressError, UsageError
 from tests.shell import answer, refusal
 from tests.test_search import NET, net
@@ -30,10 +31,18 @@ class TestGrid:
     def test_every_method_target_and_seed_and_the_controls_once(self) -> None:
         every = list(cells(GRID))
         assert len(every) == len({cell.name for cell in every}) == 2 * (2 * 3 + 1)
-        assert every[0] == Cell("/a/net.pt", "halo", 0.5, 0) and every[0].name == "net-halo-0.5-0"
+        assert every[0] == Cell("/a/net.pt", "halo", 0.5, 0, "net") and every[0].name == "net-halo-0.5-0"
         assert [cell.seed for cell in every] == [0] * 7 + [1] * 7
         assert [cell.target for cell in every if cell.row == TUNED] == [None, None]
         assert sum(cell.row == SCRATCH for cell in every) == 4
+
+    def test_networks_of_one_name_have_runs_of_their_own(self) -> None:
+        models = ("/a/net.pt", "/b/net.pt", "/a/net.safetensors", "/模型.pt", "/网络.pt", "/a/other.pt")
+        every = list(cells(GRID.model_copy(update={"models": models})))
+        assert len({cell.name for cell in every}) == len(every) == 6 * 14
+        called = labels(models)
+        assert called["/a/other.pt"] == "other" and called["/a/net.pt"].startswith("net-")
+        assert labels(models[:1]) == {"/a/net.pt": "net"}
 
     @pytest.mark.parametrize(
         ("row", "options"),
@@ -56,10 +65,10 @@ class TestGrid:
 
     def test_arguments_of_a_run(self, tmp_path: Path) -> None:
         grid = GRID.model_copy(update={"options": ("--epochs", "3"), "metric": "macs"})
-        given = arguments(grid, Cell("/a/net.pt", "halo", 0.1, 1), tmp_path)
+        given = arguments(grid, Cell("/a/net.pt", "halo", 0.1, 1, "net"), tmp_path)
         text = f"prune /a/net.pt --method halo --seed 1 --epochs 3 --target 0.1 --metric macs --out {tmp_path} --resume"
         assert given == text.split()
-        dense = arguments(grid, Cell("/a/net.pt", TUNED, None, 0), tmp_path)
+        dense = arguments(grid, Cell("/a/net.pt", TUNED, None, 0, "net"), tmp_path)
         assert dense[:6] == ["prune", "/a/net.pt", "--method", "l2", "--target", "1"] and dense.count("--target") == 1
 
     def test_a_folder_holds_one_comparison(self, tmp_path: Path) -> None:
@@ -88,6 +97,10 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def free(cell: str) -> bool:
     return True
+
+
+def _impatient(lock: Any, path: str, grace_period: int | None = 30) -> None:
+    lock._lock_target_file, lock._lock_file, lock.grace_period = path, f"{path}.lock", 0.2
 
 
 class TestQueue:
@@ -161,6 +174,26 @@ os.kill(os.getpid(), signal.SIGKILL)
         work(queue, lambda cell: report(90.0))
         assert list(queue.outcomes()) == ["a"] and not queue.revive()
 
+    def test_a_number_that_another_process_has_now_is_no_sign_of_life(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        queue = Queue(str(tmp_path / "queue"), "x", free)
+        queue.fill(["a"])
+        with monkeypatch.context() as patch:
+            patch.setattr("psutil.Process.create_time", lambda self: 1.0)  # before the machine was started again
+            assert queue.take() is not None
+        assert queue.revive() and queue.take() is not None
+
+    def test_half_a_line_and_a_lock_that_a_kill_left(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        Queue("queue", "x", free).fill(["a"])
+        with Path("queue").open("a") as file:
+            file.write('{"op_code":')
+        Path("queue.lock").symlink_to(tmp_path / "queue")
+        monkeypatch.setattr("optuna.storages.journal.JournalFileSymlinkLock.__init__", _impatient)
+        queue = Queue("queue", "x", free)
+        assert queue.take() is not None and '"op_code":{' not in Path("queue").read_text()
+
     def test_a_worker_elsewhere_is_given_up_when_its_beat_stops(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -197,20 +230,51 @@ def points(method: str, accuracies: list[list[float]], latencies: list[float]) -
 
 class TestVerdict:
     def test_interval_by_hand(self) -> None:
-        strata = [[1.0, 2.0, 3.0], [10.0, 14.0]]
-        mean, low, high = interval(strata, confidence=0.95)
-        pooled = (2 * 1.0 + 1 * 8.0) / 3  # two variances weighted by their degrees of freedom
-        error = math.sqrt(pooled / 3 + pooled / 2) / 2
-        assert mean == pytest.approx(7.0, abs=1e-10) and low is not None and high is not None
-        assert high - mean == pytest.approx(3.182446305284263 * error, abs=1e-8)  # Student's, 3 degrees, 97.5 %
-        assert mean - low == pytest.approx(high - mean, abs=1e-10)
-        assert interval([[1.0], [2.0]], confidence=0.95) == (1.5, None, None)
+        # two targets, three seeds: each seed counts once, by its mean over the targets
+        first = points("a", [[61.0, 72.0], [62.0, 75.0], [63.0, 74.0]], [1.0, 2.0])
+        second = points("b", [[60.0, 70.0]] * 3, [1.0, 2.0])
+        found, _ = compare([*first, *second], ("a", "b"))
+        gaps = [1.5, 3.5, 3.5]
+        assert found.mean == pytest.approx(np.mean(gaps)) and found.pairs == 6 and found.confidence == 0.95
+        reach = 4.302652729749464 * np.std(gaps, ddof=1) / math.sqrt(3)  # Student's, 2 degrees, 97.5 %
+        assert found.low is not None and found.high is not None
+        assert found.high - found.mean == pytest.approx(reach) == pytest.approx(found.mean - found.low)
+        # a third method: the variance is the mean over the three pairs, with two of its degrees of freedom per seed
+        third = points("c", [[60.5, 71.0], [60.0, 70.5], [61.0, 70.0]], [1.0, 2.0])
+        found = compare([*first, *second, *third], ("a", "b", "c"))[0]
+        pairs = [gaps, [0.75, 3.25, 3.0], [-0.75, -0.25, -0.5]]
+        variance = np.mean([np.var(pair, ddof=1) for pair in pairs])
+        reach = 3.961 * math.sqrt(variance / 3)  # 4 degrees, 1 - 0.05 / 6
+        assert found.high is not None and found.high - found.mean == pytest.approx(reach, rel=1e-3)
 
-    def test_it_covers_the_truth_as_often_as_it_says(self) -> None:
-        draws = np.random.default_rng(0).normal([[0.3], [2.0]], 1.0, size=(600, 2, 3))
-        made = [interval(draw.tolist(), confidence=0.9) for draw in draws]
-        covered = np.mean([low <= 1.15 <= high for _, low, high in made if low is not None and high is not None])
-        assert 0.86 < covered < 0.94
+    @pytest.mark.parametrize("methods", [("a", "b"), ("a", "b", "c", "d")])
+    @pytest.mark.parametrize("shared", [0.0, 1.0])
+    def test_methods_that_are_all_the_same_seldom_win(self, methods: tuple[str, ...], shared: float) -> None:
+        """`shared`: noise that all runs of one method and seed have in common, beside a noise of 1 of each run."""
+        drawn, latencies = np.random.default_rng(0), [1.0, 1.3, 1.7]
+        wins = 0
+        for _ in range(200):
+            runs = [
+                p
+                for name in methods
+                for p in points(
+                    name,
+                    (drawn.normal([60.0, 66.0, 70.0], 1, (3, 3)) + drawn.normal(0, shared, (3, 1))).tolist(),
+                    latencies,
+                )
+            ]
+            wins += sentence(runs, methods)[0] is not None
+        assert wins <= 17  # 5 % of 200 and more than two standard deviations above
+
+    def test_equal_gaps_by_chance_prove_nothing(self) -> None:
+        one, other = points("a", [[61.0], [62.0]], [1.0]), points("b", [[60.0], [61.0]], [1.0])
+        assert sentence([*one, *other], ("a", "b"))[1] == "no verdict: the seeds do not tell how large the noise is"
+
+    def test_a_target_that_one_seed_lacks_is_left_out(self) -> None:
+        first = points("a", [[61.0, 90.0], [62.0, 91.0]], [1.0, 2.0])
+        second = points("b", [[60.0, 70.0], [60.5, 70.0]], [1.0, 2.0])
+        found = compare([p for p in (*first, *second) if (p.seed, p.target) != (1, 2.0)], ("a", "b"))[0]
+        assert found.mean == pytest.approx(1.25) and found.pairs == 2
 
     def test_accuracy_between_two_points_is_straight_in_the_logarithm_of_latency(self) -> None:
         along = points("a", [[60.0, 80.0]], [1.0, 4.0])
@@ -221,8 +285,8 @@ class TestVerdict:
         # the same curve, read at other latencies: no method is better
         first = points("a", [[60.0, 70.0, 80.0]] * 2, [1.0, 2.0, 4.0])
         second = [Point("b", p.target, p.seed, p.accuracy + 10 * math.log2(1.5), 1.5 * p.latency) for p in first]
-        found = differences([*first, *second], "a", "b", confidence=0.95)
-        assert found is not None and found.mean == pytest.approx(0.0, abs=1e-9)
+        found, _ = compare([*first, *second], ("a", "b"))
+        assert found.mean == pytest.approx(0.0, abs=1e-9)
 
     def test_who_wins(self) -> None:
         latencies = [1.0, 2.0]
@@ -301,6 +365,30 @@ class TestCommandLine:
         # one epoch is too few for a method that trains before the cut: that row failed, and cost the others nothing
         assert list(found["failed"]) == ["mine-cka-sr-0.5-0"]
         assert "train.epochs = 1 is too few" in found["failed"]["mine-cka-sr-0.5-0"]
+
+    def test_a_run_that_was_begun_goes_on_as_it_was_begun(
+        self, pruned_run: tuple[Path, Any], tmp_path: Path
+    ) -> None:
+        """With other threads than now: those are in the run's recipe."""
+        from compress.cli.compare import Children
+
+        cell = next(cells(GRID))
+        shutil.copytree(pruned_run[0], tmp_path / "runs" / cell.name)
+        found = Children(tmp_path, GRID, 7).run(cell)
+        assert found["pruned"] == json.loads(pruned_run[1].stdout)["pruned"]
+
+    def test_a_signal_to_this_process_alone_ends_the_runs(self, tmp_path: Path) -> None:
+        queue, ended = Queue(str(tmp_path / "queue"), "x", free), threading.Event()
+        queue.fill(["a"])
+
+        def run(cell: str) -> dict[str, Any]:
+            signal.raise_signal(signal.SIGINT)
+            assert ended.wait(30), "nobody told the run to end"
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            work(queue, run, on_stop=ended.set)
+        assert queue.outcomes() == {} and queue.failures() == {}
 
     def test_a_run_that_fails_says_why(self, tmp_path: Path) -> None:
         from compress.cli.compare import Children

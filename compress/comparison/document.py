@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from compress.comparison.grid import SCRATCH, TUNED, Cell, Grid, cells
+from compress.comparison.grid import SCRATCH, TUNED, Grid, cells, labels
 from compress.comparison.verdict import Point, compare, sentence
 from compress.files import atomic_write
 from compress.report.figures import Figure
@@ -57,7 +57,7 @@ def document(
 def rows(grid: Grid, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Mean and spread over the seeds."""
     found = []
-    seen = dict.fromkeys(Cell(cell.model, cell.row, cell.target, 0) for cell in cells(grid))
+    seen = dict.fromkeys(replace(cell, seed=0) for cell in cells(grid))
     for cell in sorted(seen, key=lambda c: (grid.models.index(c.model), c.row == SCRATCH, c.row == TUNED)):
         key = (cell.model, cell.row, cell.target)
         alike = [run for run in runs if (run["model"], run["method"], run["target"]) == key]
@@ -80,7 +80,8 @@ def html(content: Mapping[str, Any]) -> str:
         _plot(content, place, f"{name} on {split} (%)") for place, model in enumerate(grid["models"])
         if any(row["model"] == model and row["latency_ms"] is not None for row in content["rows"])
     ]  # fmt: skip
-    verdicts = [f"{Path(model).stem}: {verdict['sentence']}" for model, verdict in content["verdicts"].items()]
+    named = labels(grid["models"])
+    verdicts = [f"{named[model]}: {verdict['sentence']}" for model, verdict in content["verdicts"].items()]
     where, notes = content["conditions"], []
     if where:
         notes.append(
@@ -101,14 +102,15 @@ def table(content: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, 
         "network", "method", "target", "runs", f"{metric_words(run['measured'])} on {run['split']['name']} (%)",
         "params left", "MACs left", "latency (ms)", "times faster",
     )  # fmt: skip
-    first = 0 if len(content["grid"]["models"]) > 1 else 1
-    return header[first:], [_cells(row)[first:] for row in content["rows"]]
+    named = labels(content["grid"]["models"])
+    first = 0 if len(named) > 1 else 1
+    return header[first:], [(named[row["model"]], *_cells(row))[first:] for row in content["rows"]]
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     value, latency, gain = row["value"], row["latency_ms"], row["speedup"]
     return (
-        Path(row["model"]).stem, row["method"], "" if row["target"] is None else f"{row['target']:g}", str(row["n"]),
+        row["method"], "" if row["target"] is None else f"{row['target']:g}", str(row["n"]),
         f"{value['mean']:.2f} ({value['high'] - value['low']:.2f})",
         figure(row["kept"]["params"]), figure(row["kept"]["macs"]),
         "" if latency is None else f"{figure(latency['mean'])} ({figure(latency['high'] - latency['low'])})",
@@ -148,7 +150,9 @@ def _plot(content: Mapping[str, Any], place: int, title: str) -> Figure:
                 *at, "dense, as given", colour="var(--quiet)", texts=["dense"], marker={"symbol": "star", "size": 13}
             )
         )
-    return over_log(f"model{place}", Path(model).stem, traces, x="latency, median (ms)", y=title)
+    return over_log(
+        f"model{place}", labels(content["grid"]["models"])[model], traces, x="latency, median (ms)", y=title
+    )
 
 
 def _hover(row: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,22 +51,35 @@ class Cell:
     row: str
     target: float | None
     seed: int
+    label: str  # of the network
 
     @property
     def name(self) -> str:
         """Of its folder, and of the cell in the queue."""
         share = () if self.target is None else (f"{self.target:g}",)
-        return "-".join((plain(Path(self.model).stem), plain(self.row), *share, str(self.seed)))
+        return "-".join((plain(self.label), plain(self.row), *share, str(self.seed)))
 
 
 def cells(grid: Grid) -> Iterator[Cell]:
     """All runs, one seed of every row before the next, so that an unfinished comparison is an even one."""
+    named = labels(grid.models)
     for seed in range(grid.seeds):
-        for model in grid.models:
+        for model, label in named.items():
             for target in grid.targets:
                 for method in (*grid.methods, SCRATCH):
-                    yield Cell(model, method, target, seed)
-            yield Cell(model, TUNED, None, seed)
+                    yield Cell(model, method, target, seed, label)
+            yield Cell(model, TUNED, None, seed, label)
+
+
+def labels(models: Sequence[str]) -> dict[str, str]:
+    """Checkpoint -> what it is called: its file's name, with a mark where that does not tell it from the others."""
+    plain_ones = [plain(Path(model).stem) for model in models]
+    found = {}
+    for model, name in zip(models, plain_ones, strict=True):
+        is_clear = plain_ones.count(name) == 1 and any(letter.isalnum() for letter in name)
+        mark = hashlib.sha256(model.encode()).hexdigest()[:6]
+        found[model] = Path(model).stem if is_clear else f"{Path(model).stem}-{mark}"
+    return found
 
 
 def arguments(grid: Grid, cell: Cell, out: Path) -> list[str]:

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from compress.errors import UsageError
-from compress.search.record import quiet
+from compress.search.record import drop_half_line, quiet
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -74,9 +75,11 @@ class Queue:
     def beat(self, number: int, count: int) -> None:
         """Say that the worker at a trial is alive."""
         import optuna
+        import psutil
 
         trial = optuna.trial.Trial(self._study, self._find(number)._trial_id)
-        trial.set_user_attr("worker", {"host": socket.gethostname(), "pid": os.getpid(), "beat": count})
+        own = {"host": socket.gethostname(), "pid": os.getpid(), "since": psutil.Process().create_time()}
+        trial.set_user_attr("worker", {**own, "beat": count})
 
     def finish(self, number: int, outcome: Mapping[str, Any]) -> None:
         """Keep what a run has found. Where another worker has taken it over meanwhile, that one does."""
@@ -120,9 +123,12 @@ class Queue:
     def _is_gone(self, trial: FrozenTrial) -> bool:
         import psutil
 
-        worker = trial.user_attrs.get("worker", {"host": "", "pid": 0, "beat": -1})
+        worker = trial.user_attrs.get("worker", {"host": "", "pid": 0, "since": 0.0, "beat": -1})
         if worker["host"] == socket.gethostname():
-            is_dead = not psutil.pid_exists(worker["pid"])
+            try:  # after a restart another process may have the number, even this one
+                is_dead = psutil.Process(worker["pid"]).create_time() != worker.get("since")
+            except psutil.NoSuchProcess:
+                is_dead = True
             return is_dead and self.is_free(str(_cell(trial)))
         beat, since = self._beats.get(trial.number, (None, 0.0))
         if beat != worker["beat"]:
@@ -170,20 +176,32 @@ class Queue:
 def _opened(storage: str) -> Any:
     """The storage. Two processes that make the tables of a database at once are in each other's way: tried again."""
     import optuna
-    from optuna.storages.journal import JournalFileBackend
     from sqlalchemy.exc import SQLAlchemyError
 
     for attempt in range(ATTEMPTS):
         try:
             if "://" in storage:
                 return optuna.storages.RDBStorage(storage)
-            return optuna.storages.JournalStorage(JournalFileBackend(storage))
+            return optuna.storages.JournalStorage(_journal(Path(storage).absolute()))
         except (SQLAlchemyError, ImportError, OSError) as error:
             if attempt == ATTEMPTS - 1 or not isinstance(error, SQLAlchemyError):
                 text = f"--storage {storage} cannot be opened: {str(error).splitlines()[0]}"
                 raise UsageError(f"{text}; give a file or a URL such as sqlite:///runs.db") from error
             time.sleep(0.2 * 2**attempt)
     raise AssertionError(storage)
+
+
+def _journal(path: Path) -> Any:
+    """The file, whole lines only. Absolute: its lock is a link to it, and one that leads nowhere is never given up."""
+    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+
+    lock = JournalFileSymlinkLock(str(path))
+    lock.acquire()
+    try:
+        drop_half_line(path)
+    finally:
+        lock.release()
+    return JournalFileBackend(str(path), lock_obj=lock)
 
 
 def _cell(trial: FrozenTrial) -> str | None:

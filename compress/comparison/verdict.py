@@ -1,4 +1,4 @@
-"""Which method wins: accuracies at equal latency, paired by seed and target, and an interval that excludes nothing."""
+"""Which method wins: accuracies at equal latency, paired by seed and target, and an interval that excludes 0."""
 
 from __future__ import annotations
 
@@ -36,27 +36,26 @@ class Difference:
     confidence: float
 
 
-def differences(points: Sequence[Point], first: str, second: str, *, confidence: float) -> Difference | None:
-    """Compare two methods; None where no two of their runs can be.
+def gaps(points: Sequence[Point], first: str, second: str) -> dict[int, dict[float, float]]:
+    """Seed -> target -> by how many points `first` is better than `second` at equal latency.
 
     Of a seed each method's runs give a curve of accuracy over the logarithm of latency, straight between its points.
     At a target the difference is taken at both runs' latencies where the other curve reaches that far (or has a point
-    within EQUAL of it), and averaged. The interval is Student's, with the spread over the seeds within a target: what
-    differs from one target to the next is no noise. [ours]
+    within EQUAL of it), and averaged. Seeds keep the targets that all have; one that shares none with the others goes.
+    [ours]
     """
-    found: dict[float, list[float]] = {}
+    found: dict[int, dict[float, float]] = {}
     keys = {(p.target, p.seed) for p in points if p.method == first}
     keys &= {(p.target, p.seed) for p in points if p.method == second}
     for target, seed in sorted(keys):
         mine, other = (curve(points, method, seed) for method in (first, second))
-        gaps = [p.accuracy - at for p in mine if p.target == target and (at := height(other, p.latency)) is not None]
-        gaps += [at - p.accuracy for p in other if p.target == target and (at := height(mine, p.latency)) is not None]
-        if gaps:
-            found.setdefault(target, []).append(statistics.mean(gaps))
-    if not found:
-        return None
-    mean, low, high = interval(list(found.values()), confidence=confidence)
-    return Difference(first, second, mean, low, high, sum(map(len, found.values())), confidence)
+        at = [p.accuracy - h for p in mine if p.target == target and (h := height(other, p.latency)) is not None]
+        at += [h - p.accuracy for p in other if p.target == target and (h := height(mine, p.latency)) is not None]
+        if at:
+            found.setdefault(seed, {})[target] = statistics.mean(at)
+    while found and not (shared := set.intersection(*(set(of) for of in found.values()))):
+        del found[min(found, key=lambda seed: len(found[seed]))]
+    return {seed: {target: of[target] for target in sorted(shared)} for seed, of in found.items()}
 
 
 def curve(points: Sequence[Point], method: str, seed: int) -> list[Point]:
@@ -74,31 +73,39 @@ def height(along: Sequence[Point], latency: float) -> float | None:
     return nearest.accuracy if abs(math.log(nearest.latency / latency)) <= math.log(EQUAL) else None
 
 
-def interval(strata: Sequence[Sequence[float]], *, confidence: float) -> tuple[float, float | None, float | None]:
-    """Mean over strata of their means, with Student's interval from the pooled variance within them.
-
-    None for the ends where no stratum has two values.
-    """
-    means = [statistics.mean(values) for values in strata]
-    mean = statistics.mean(means)
-    freedom = sum(len(values) - 1 for values in strata)
-    if freedom == 0:
-        return mean, None, None
+def interval(values: Sequence[float], variance: float, freedom: float, *, confidence: float) -> tuple[float, float]:
+    """Student's interval of the mean of `values`, whose variance was estimated with so many degrees of freedom."""
     from scipy.stats import t
 
-    squares = sum((v - m) ** 2 for values, m in zip(strata, means, strict=True) for v in values)
-    error = math.sqrt(squares / freedom * sum(1 / len(values) for values in strata)) / len(strata)
-    reach = float(t.ppf(0.5 + confidence / 2, freedom)) * error
-    return mean, mean - reach, mean + reach
+    mean = statistics.mean(values)
+    reach = float(t.ppf(0.5 + confidence / 2, freedom)) * math.sqrt(variance / len(values))
+    return mean - reach, mean + reach
 
 
 def compare(points: Sequence[Point], methods: Sequence[str]) -> list[Difference]:
-    """Every pair of methods, each the other way round as well; intervals hold for all pairs together (Bonferroni)."""
+    """Every pair of methods, each the other way round as well; intervals hold for all pairs together (Bonferroni).
+
+    The runs of one seed at several targets are no independent figures: their curves share points, and often the network
+    after the sparse phase. So each seed counts once, by its mean over the targets. Noise is taken to be alike in all
+    methods, as in an analysis of variance with the seeds as blocks: the variance of a difference is the mean over the
+    pairs of the variance over seeds, and of its degrees of freedom, pairs x (seeds - 1), the share 2 / methods is
+    independent. Ends are None where the seeds tell of no noise. [ours]
+    """
     pairs = list(itertools.combinations(methods, 2))
     confidence = 1 - LEVEL / max(1, len(pairs))
-    made = [differences(points, first, second, confidence=confidence) for first, second in pairs]
-    found = [difference for difference in made if difference is not None]
-    return found + [_reversed(difference) for difference in found]
+    found = {pair: of for pair in pairs if (of := gaps(points, *pair))}
+    means = {pair: [statistics.mean(at.values()) for at in of.values()] for pair, of in found.items()}
+    count = len({name for pair in found for name in pair})
+    spare = sum(len(values) - 1 for values in means.values())
+    squares = sum((v - statistics.mean(values)) ** 2 for values in means.values() for v in values)
+    made = []
+    for (first, second), values in means.items():
+        ends: tuple[float | None, float | None] = (None, None)
+        if squares > 0 and len(values) > 1:  # equal gaps by chance, of few images, are no proof of no noise
+            ends = interval(values, squares / spare, max(1.0, spare * 2 / count), confidence=confidence)
+        runs = sum(map(len, found[first, second].values()))
+        made.append(Difference(first, second, statistics.mean(values), *ends, runs, confidence))
+    return made + [_reversed(difference) for difference in made]
 
 
 def sentence(points: Sequence[Point], methods: Sequence[str]) -> tuple[str | None, str]:
@@ -120,7 +127,7 @@ def sentence(points: Sequence[Point], methods: Sequence[str]) -> tuple[str | Non
     leader = max(full, key=lambda name: min(d.mean for d in full[name]))
     closest = min(full[leader], key=lambda d: d.low if d.low is not None else d.mean)
     if closest.low is None or closest.high is None:
-        return None, "no verdict: no two seeds of a target can be compared"
+        return None, "no verdict: the seeds do not tell how large the noise is"
     gap = (
         f"{closest.mean:+.2f} points against {closest.second} at equal latency ({100 * closest.confidence:.3g} % "
         f"interval {closest.low:+.2f} to {closest.high:+.2f}, {closest.pairs} pairs of runs)"

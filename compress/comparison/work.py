@@ -33,13 +33,14 @@ OnProgress = Callable[[Progress], None]
 
 def work(
     queue: Queue, run: Callable[[str], Mapping[str, Any]], *, jobs: int = 1,
-    on_progress: OnProgress = lambda progress: None,
+    on_progress: OnProgress = lambda progress: None, on_stop: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """Do all cells of the queue that others do not, `jobs` at a time, and wait for those that others do.
 
     Args:
         run: does the run of the cell so named, from the start or from where it was broken off. Gives its report;
             raises CompressError where it fails, KeyboardInterrupt where it was interrupted.
+        on_stop: has the runs at work end soon; called where this one is to stop.
 
     Raises:
         KeyboardInterrupt: after every run of this worker has stopped; they can be continued.
@@ -77,6 +78,7 @@ def work(
                 future.result()
         except BaseException:
             stop.set()
+            on_stop()
             raise
 
 

@@ -27,7 +27,8 @@ class Journal:
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
 
-        _mend(path)
+        path.with_name(f"{path.name}.lock").unlink(missing_ok=True)  # Optuna's, left by a kill
+        drop_half_line(path)
         with quiet():
             storage = JournalStorage(JournalFileBackend(str(path)))
             self._study = optuna.create_study(study_name=NAME, storage=storage, load_if_exists=True)
@@ -108,9 +109,8 @@ def quiet() -> Iterator[None]:
         optuna.logging.set_verbosity(level)
 
 
-def _mend(path: Path) -> None:
-    """Undo what a kill in the middle of a line leaves: half of it, and Optuna's lock."""
-    path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
+def drop_half_line(path: Path) -> None:
+    """Undo what a kill in the middle of a line leaves of it; nobody else may be writing."""
     if path.is_file():
         whole = path.read_bytes()
         kept = whole[: whole.rfind(b"\n") + 1]
