@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args
 
@@ -37,7 +38,10 @@ def quantize(
     max_drop: Annotated[
         float | None, typer.Option("--max-drop", min=0, metavar="POINTS", help="Exit code 7 where it loses more")
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time, for the latency")] = 1,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", min=1, help="Images at a time, for the latency; default: 1, or what the file takes"),
+    ] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the runtime")] = 1,
     runtime: Annotated[str, typer.Option("--runtime", help="What the latency is measured on: see `bench`")] = "ort-cpu",
     task: options.Task = None,
@@ -52,12 +56,13 @@ def quantize(
     """Write a file of lower precision, prove it near the float32 one, and say what it costs and brings here."""
     view.set_up(quiet=quiet, verbose=verbose)
     from compress.cli import user_code
+    from compress.errors import UsageError
     from compress.inputs import normalisation, onnx_info
     from compress.precision import Calibration, To
     from compress.quantize import Setting, images_of, record
     from compress.quantize import quantize as make
 
-    chosen = {"batch": batch, "threads": threads, "runtime": _runtime(runtime), "seed": seed or 0}
+    chosen = {"batch": batch or 1, "threads": threads, "runtime": _runtime(runtime), "seed": seed or 0}
     setting = Setting(
         _one_of("--to", to, get_args(To)),
         _one_of("--calibration", calibration, get_args(Calibration)),
@@ -66,16 +71,33 @@ def quantize(
     )
     asked = _asked(source, out, setting, force=force)
     info, fixed = onnx_info(asked.source, input_size)
+    if fixed is not None:
+        if batch not in (None, fixed):
+            raise UsageError(f"--batch {batch}: {asked.source} takes batch {fixed} only; leave it out")
+        setting = replace(setting, batch=fixed)
     judge = user_code.task(task, info.task)
     info, loaded = _data(info, asked, data, judge)
     given = images_of(loaded, normalisation(info), count=images, fixed=fixed, seed=setting.seed)
     with view.working(f"to {to}: converting, comparing, running {given.count:,} images twice, measuring"):
         made = make(asked.source, asked.out, setting, images=given, task=judge)
     place = record(asked.out.parent, made)
+    if source.is_dir() and asked.out.parent.samefile(source):
+        _report(source, made)
     _show(made)
     view.note(f"{asked.out}, figures and conditions in {place}")
     if as_json:
         view.document({"onnx": str(asked.out), "record": str(place), **made.model_dump(mode="json")})
+
+
+def _report(folder: Path, made: Quantized) -> None:
+    """The run's pages with this file, unless they tell of another one."""
+    from compress import report
+    from compress.folder import RunFolder
+
+    before = RunFolder.finished(folder).read("report.json")
+    if (before.get("quantized") or {"file": made.file})["file"] == made.file:
+        found = report.quantized(made.model_dump(mode="json"))
+        report.write(folder, {**before, "quantized": found, "unquantized": ""})
 
 
 def _asked(place: Path, out: Path | None, setting: Setting, *, force: bool) -> _Asked:

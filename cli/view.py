@@ -154,6 +154,8 @@ def result(report: Mapping[str, Any]) -> None:
     note(f"latency by {where}; in brackets the {100 * report['speedup'].get('confidence', 0.95):g} % interval")
     if report.get("quantized"):
         note(f"{report['quantized']['file']}, {report['quantized']['verdict']}")
+    if report.get("unquantized"):
+        hint(f"not quantised: {report['unquantized']}")
     parity = report["parity"]
     scale = figure(parity["output_scale"])
     note(f"ONNX proved equal to torch: max difference {parity['max_abs_diff']:.1g} at outputs of {scale}")

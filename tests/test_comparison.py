@@ -366,9 +366,7 @@ class TestCommandLine:
         assert list(found["failed"]) == ["mine-cka-sr-0.5-0"]
         assert "train.epochs = 1 is too few" in found["failed"]["mine-cka-sr-0.5-0"]
 
-    def test_a_run_that_was_begun_goes_on_as_it_was_begun(
-        self, pruned_run: tuple[Path, Any], tmp_path: Path
-    ) -> None:
+    def test_a_run_that_was_begun_goes_on_as_it_was_begun(self, pruned_run: tuple[Path, Any], tmp_path: Path) -> None:
         """With other threads than now: those are in the run's recipe."""
         from compress.cli.compare import Children
 

@@ -112,6 +112,27 @@ def test_widening_keeps_what_the_file_gives_and_takes(healthy: Path) -> None:
     assert widened(second, 3 * BLOCK).inputs == widened(second, 3 * BLOCK).outputs == 3 * BLOCK
 
 
+def test_channels_in_groups_follow_no_width(tmp_path: Path) -> None:
+    first, last = conv(3, 4 * BLOCK), conv(4 * BLOCK, 2 * BLOCK + 2)
+    grouped = conv(4 * BLOCK, 4 * BLOCK, groups=BLOCK), conv(4 * BLOCK, 8 * BLOCK, groups=4 * BLOCK)
+    for middle in grouped:
+        path = write(tmp_path / "groups.onnx", [first, middle, conv(len(middle[2]), 4 * BLOCK), last])
+        asked = Asked()
+        found = layers(path, asked, feeds(open_session(path, asked), asked))
+        assert widened(found[1], BLOCK) == found[1] and found[1].groups > 1
+        assert widened(found[3], BLOCK) == found[3] and found[3].is_last
+
+
+@pytest.mark.parametrize(("where", "pads"), [("SAME_UPPER", (0, 0, 1, 1)), ("SAME_LOWER", (1, 1, 0, 0))])
+def test_pads_that_the_file_leaves_to_the_runtime(tmp_path: Path, where: str, pads: tuple[int, ...]) -> None:
+    op, _, weight = conv(3, BLOCK + 2)
+    path = write(tmp_path / "auto.onnx", [(op, {"auto_pad": where, "strides": [2, 2]}, weight), conv(BLOCK + 2, 4)])
+    asked = Asked()
+    found = layers(path, asked, feeds(open_session(path, asked), asked))
+    assert found[0].pads == pads and found[0].out_size == (16, 16)
+    assert examine(path, Asked(runs=5)).conv_macs[0] > 0
+
+
 def test_denormal_weights_are_counted_and_timed(tmp_path: Path) -> None:
     parts = network(*[2 * BLOCK] * 3)
     parts[2][2][0] = 1e-42

@@ -259,7 +259,41 @@ def test_the_command_on_a_run_and_on_a_file(run_folder: tuple[Path, Any], tmp_pa
     assert {m["file"] for m in found["measurements"]} == {"model.onnx", "model.fp16.onnx"}
     report = json.loads((folder / "report.json").read_text())
     assert found["before"]["top1"] == report["pruned"]["top1"] and found["images"] == report["split"]["images"]
-    assert states(folder) == {}
+    assert report["quantized"]["file"] == "model.int8.onnx" and states(folder) == {}
+    again = answer("quantize", folder, "--images", 16, "--force")
+    told = json.loads((folder / "report.json").read_text())["quantized"]
+    assert told["sha256"] == again["sha256"] != report["quantized"]["sha256"] and states(folder) == {}
+
+
+def test_a_run_whose_file_cannot_be_quantised_is_finished_all_the_same(
+    pruned_run: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(pruned_run[0], tmp_path / "r"))
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["quantize"] |= {"to": "fp16", "images": 40}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "state" / "report.json").unlink()
+    monkeypatch.setattr("compress.quantize.largest", lambda source, batches: 1e6)
+    result = call("resume", folder, "--json")
+    why = "model.fp16.onnx would overflow: values reach 1e+06, float16 ends at 65504; take int8"
+    assert result.exit_code == 0 and f"not quantised: {why}" in result.stderr.replace("\n", " ")
+    found = json.loads(result.stdout)
+    assert found["quantized"] is None and found["unquantized"] == why
+    assert why in (folder / "report.html").read_text() and why in (folder / "README.md").read_text()
+    assert states(folder) == {} and not (folder / "model.fp16.onnx").exists()
+    made = answer("quantize", folder, "--images", 16)  # another form is written later, and the report tells of it
+    told = json.loads((folder / "report.json").read_text())
+    assert told["quantized"]["verdict"] == made["verdict"] and told["unquantized"] == ""
+
+
+def test_a_file_that_takes_one_batch_is_measured_at_it(run_folder: tuple[Path, Any], tmp_path: Path) -> None:
+    proto = onnx.load(run_folder[0] / "model.onnx")
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 8
+    onnx.save(proto, tmp_path / "fixed.onnx")
+    code, line = refusal("quantize", tmp_path / "fixed.onnx", "--batch", 4)
+    assert code == 2 and line.endswith("fixed.onnx takes batch 8 only; leave it out")
+    found = answer("quantize", tmp_path / "fixed.onnx", "--images", 16)
+    assert found["measurements"][0]["latency"]["batch"] == 8 and found["fidelity"]["batches"] == [8]
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,15 @@ def side_by_side(layer: Layer, other: Layer, asked: Asked, *, block: int) -> tup
 
 
 def widened(layer: Layer, block: int) -> Layer:
-    """The layer with its open channels rounded up to the block; those of the file's own inputs and outputs stay."""
+    """The layer with its open channels rounded up to the block; those of the file's own inputs and outputs stay.
+
+    Channels in groups follow no width: such a layer stays as it is, unless it is depthwise.
+    """
+    if layer.groups > 1 and not layer.groups == layer.inputs == layer.outputs:
+        return layer
     inputs = layer.inputs if layer.is_first else -(-layer.inputs // block) * block
     outputs = layer.outputs if layer.is_last else -(-layer.outputs // block) * block
-    if layer.groups > 1:  # depthwise; other groupings do not follow a width
+    if layer.groups > 1:
         return replace(layer, inputs=inputs, outputs=inputs, groups=inputs)
     return replace(layer, inputs=inputs, outputs=outputs)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +124,22 @@ def _layer(node: Any, weight: Sequence[int], shapes: Mapping[str, tuple[int, ...
     import onnx
 
     set_ = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-    groups = set_.get("group", 1)
-    return Layer(
+    groups, size, out_size = set_.get("group", 1), _area(shapes[node.input[0]]), _area(shapes[node.output[0]])
+    found = Layer(
         name=node.output[0], inputs=weight[1] * groups, outputs=weight[0], kernel=(weight[2], weight[3]),
         strides=tuple(set_.get("strides", (1, 1))), dilations=tuple(set_.get("dilations", (1, 1))),
-        pads=tuple(set_.get("pads", (0, 0, 0, 0))), groups=groups, size=_area(shapes[node.input[0]]),
-        out_size=_area(shapes[node.output[0]]), is_first=node.input[0] in {value.name for value in graph.input},
+        pads=tuple(set_.get("pads", (0, 0, 0, 0))), groups=groups, size=size, out_size=out_size,
+        is_first=node.input[0] in {value.name for value in graph.input},
         is_last=node.output[0] in {value.name for value in graph.output},
     )  # fmt: skip
+    where = set_.get("auto_pad", b"NOTSET").decode()
+    return replace(found, pads=_same(found, is_upper=where == "SAME_UPPER")) if where.startswith("SAME") else found
+
+
+def _same(layer: Layer, *, is_upper: bool) -> tuple[int, ...]:
+    """The pads that `auto_pad` stands for, begins before ends; an odd one lies at the end where `is_upper`."""
+    taken = [(out - 1) * stride + dilation * (kernel - 1) + 1 for out, stride, dilation, kernel
+             in zip(layer.out_size, layer.strides, layer.dilations, layer.kernel, strict=True)]  # fmt: skip
+    whole = [max(0, need - there) for need, there in zip(taken, layer.size, strict=True)]
+    less, more = [pad // 2 for pad in whole], [pad - pad // 2 for pad in whole]
+    return tuple((*less, *more) if is_upper else (*more, *less))

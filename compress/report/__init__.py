@@ -9,6 +9,7 @@ from typing import Any
 
 from compress.files import atomic_write
 from compress.report.build import build as build
+from compress.report.build import quantized as quantized
 from compress.report.document import Report as Report
 
 

@@ -32,7 +32,7 @@ def build(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         **_results(facts),
         **_structure(facts),
         **_training(stages),
-        "quantized": _quantized(stages["quantize"]) if "quantize" in stages else None,
+        **_lower(stages.get("quantize")),
         **_conditions(facts),
         "seconds": {name: stage["seconds"] for name, stage in stages.items() if "seconds" in stage},
     }
@@ -74,8 +74,15 @@ def _network(costs: Mapping[str, Any], proof: Mapping[str, Any], measured: Mappi
     }
 
 
-def _quantized(made: Mapping[str, Any]) -> dict[str, Any]:
-    """The file of lower precision, as its own stage found it."""
+def _lower(stage: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The file of lower precision, or why there is none."""
+    if stage is None or "failed" in stage:
+        return {"quantized": None, "unquantized": stage["failed"] if stage else ""}
+    return {"quantized": quantized(stage)}
+
+
+def quantized(made: Mapping[str, Any]) -> dict[str, Any]:
+    """What a report says of a file of lower precision; `made`: its entry of quantize.json."""
     one, other = made["measurements"]
     return {
         **_known(made, ["verdict", "file", "sha256", "to", "how"]),

@@ -215,7 +215,8 @@ class Report(BaseModel):
     kept: Kept
     speedup: Gain
     parity: Parity
-    quantized: Quantized | None = Field(None, description="None: not asked for")
+    quantized: Quantized | None = Field(None, description="None: there is none")
+    unquantized: str = Field("", description="why there is none, where it was asked for")
     split: SplitUsed
     frozen: dict[str, str] = Field(description="group -> why it could not be cut")
     widths: dict[str, Channels]
