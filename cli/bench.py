@@ -168,9 +168,9 @@ def _allowed(sources: Sequence[Source]) -> Sequence[int]:
 
     for path in sources:
         if isinstance(path, Path):
-            shapes = [given.shape for given in open_session(path, threads=1).get_inputs()]
-            if fixed := [shape[0] for shape in shapes if shape and isinstance(shape[0], int)]:
-                return fixed[:1]
+            firsts = [given.shape[0] for given in open_session(path, threads=1).get_inputs() if given.shape]
+            if firsts and all(isinstance(first, int) for first in firsts):
+                return firsts[:1]
     return BATCHES
 
 

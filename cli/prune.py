@@ -108,6 +108,8 @@ def prune(
     }  # fmt: skip
     is_begun = resume and ranks.first(lambda: out is not None and (out / "recipe.yaml").is_file())
     begun = out if is_begun else None
+    if begun is not None and dry_run:
+        raise UsageError(f"--dry-run shows what a new run would cut; {begun} is begun: leave out --resume")
     asked = search.wanted(max_drop, trials, against, target=target or target_ms, begun=begun)
     checked = _recipe(recipe, given, set_ or [], begun)
     if begun is not None:
@@ -152,6 +154,8 @@ def _recipe(file: Path | None, given: dict[str, dict[str, Any]], overrides: list
         for section, keys in given.items():
             place = values.setdefault(section, {}) if section else values
             place.update({key: value for key, value in keys.items() if value not in (None, {}, [])})
+        if given["prune"]["keep"] is not None and given["prune"]["target_ms"] is None:
+            values["prune"].pop("target_ms", None)  # a share asked for stands above a recipe's milliseconds
         checked = make(values, overrides)
         _check_methods(checked.prune.method, checked.prune.regularize, checked.prune.score)
         if begun is not None:

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from compress.bench import Comparison, available, benchmark, identity, machine
 from compress.bench.fresh import measure_fresh
+from compress.bench.protocol import sized
 from compress.bench.session import input_signature, open_session
 from compress.bench.speedup import RESOLUTION, compare
 from compress.errors import LoadError, MeasureError
@@ -178,6 +179,12 @@ def test_inputs_come_from_the_signature_of_the_file(tmp_path: Path) -> None:
     signature = input_signature(open_session(free, threads=1), batch=4, shape=(3, 8, 8))
     assert signature == (("images", (4, 3, 8, 8), "uint8"),)
     assert benchmark([free], shape=(3, 8, 8), rounds=1, seconds=0).measurements[0].latency.n > 0
+    assert sized(
+        [("images", ["N", 3, 8, 8], "float32"), ("extra", [2], "int64"), ("state", [2, "N", 64], "float32")],
+        batch=8, shape=None,
+    ) == (("images", (8, 3, 8, 8), "float32"), ("extra", (2,), "int64"), ("state", (2, 8, 64), "float32"))  # fmt: skip
+    with pytest.raises(MeasureError, match=r"'a' takes batch 1 only, not 8"):
+        sized([("a", [1, 3], "float32"), ("b", [1, 2], "float32")], batch=8, shape=None)
     words = write_network(tmp_path / "words.onnx", 4, dtype=TensorProto.STRING)
     with pytest.raises(MeasureError, match=r"is a tensor\(string\)"):
         benchmark([words])

@@ -81,6 +81,8 @@ def test_resume_of_a_finished_run_answers_at_once(pruned_run: tuple[Path, Any]) 
     folder, first = pruned_run
     assert answer("resume", folder) == json.loads(first.stdout)
     assert answer("prune", MODEL, "--out", folder, "--resume") == json.loads(first.stdout)
+    code, text = refusal("prune", MODEL, "--out", folder, "--resume", "--dry-run")
+    assert code == 2 and text.endswith("is begun: leave out --resume")
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path: Path) -> None:
@@ -122,6 +124,13 @@ def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert document["plan"]["reached"] <= 0.5
     assert "linear" in document["frozen"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_share_asked_for_stands_above_the_milliseconds_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("prune: {target_ms: 0.1, metric: params}")
+    asked = ("prune", MODEL, "--recipe", tmp_path / "r.yaml", "--target", "0.5", "--method", "l2", "--dry-run")
+    plan = answer(*asked)["plan"]
+    assert plan["keep"] == 0.5 and plan["metric"] == "params"
 
 
 # --- the other verbs --------------------------------------------------------------------------------------------------

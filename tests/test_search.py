@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -264,7 +266,7 @@ class TestSearch:
         assert len(lines) <= 2
 
     def test_the_drop_may_be_counted_from_the_dense_network_trained_for_as_long(
-        self, trained: nn.Module, tmp_path: Path
+        self, trained: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         recipe = recipe_of(epochs=1)
         wanted = Search(max_drop=50.0, trials=1, against="tuned")
@@ -272,6 +274,28 @@ class TestSearch:
         lines = (tmp_path / "run" / "trials" / "dense" / "metrics.jsonl").read_text().splitlines()
         assert report["search"]["reference"] == max(json.loads(line)["val_top1"] for line in lines)
         assert report["search"]["trials"][0]["params"]["keep"] == 0.5
+        self.check_killed_while_it_installs(trained, recipe, wanted, report, tmp_path / "run", monkeypatch)
+
+    def check_killed_while_it_installs(
+        self, trained: nn.Module, recipe: Recipe, wanted: Search, report: dict[str, Any], place: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """state/info.json says that the copy of the dense network is whole: it goes first and comes last."""
+
+        def half(source: Path, target: Path) -> None:
+            if Path(source).name == "dense.safetensors":
+                Path(target).write_bytes(b"half")
+                raise KeyboardInterrupt
+            shutil.copyfile(source, target)
+
+        (place / "state" / "winner.json").unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr("compress.search.run.shutil", SimpleNamespace(copyfile=half, rmtree=shutil.rmtree))
+            with pytest.raises(KeyboardInterrupt):
+                search(recipe, trained, INFO, wanted=wanted, folder=RunFolder.open(place))
+        assert not (place / "state" / "info.json").exists() and not (place / "state" / "dense.safetensors").exists()
+        again = search(recipe, trained, INFO, wanted=wanted, folder=RunFolder.open(place))
+        assert again["pruned"]["top1"] == report["pruned"]["top1"] and (place / "state" / "info.json").is_file()
 
 
 class TestSpace:

@@ -26,7 +26,7 @@ class OpenVinoSession:
     request: Any
 
     def signature(self, *, batch: int, shape: Sequence[int] | None = None) -> tuple[Input, ...]:
-        return tuple(_input(port, batch, shape) for port in self.model.inputs)
+        return sized([_input(port) for port in self.model.inputs], batch=batch, shape=shape)
 
     def run(self, feeds: Feeds) -> list[Any]:
         self.request.infer(dict(feeds))
@@ -92,9 +92,8 @@ def inactive() -> str | None:
     return "openvino is not installed" if find_spec("openvino") is None else None
 
 
-def _input(port: Any, batch: int, shape: Sequence[int] | None) -> Input:
+def _input(port: Any) -> tuple[str, list[int | None], str]:
     kind, name = port.element_type.get_type_name(), port.any_name
     if kind not in DTYPES:
         raise MeasureError(f"input {name!r} is of type {kind}; inputs can be made for {', '.join(DTYPES)}")
-    given = [size.get_length() if size.is_static else str(size) for size in port.partial_shape]
-    return sized(name, given, DTYPES[kind], batch=batch, shape=shape)
+    return name, [size.get_length() if size.is_static else None for size in port.partial_shape], DTYPES[kind]

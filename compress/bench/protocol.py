@@ -49,23 +49,40 @@ class Session(Protocol):
         """
 
 
-def sized(name: str, given: Sequence[Any], dtype: str, *, batch: int, shape: Sequence[int] | None) -> Input:
-    """One input with every dimension known; `given` has an int where the file fixes one, else anything.
+def sized(
+    inputs: Sequence[tuple[str, Sequence[Any], str]], *, batch: int, shape: Sequence[int] | None
+) -> tuple[Input, ...]:
+    """Every dimension of every input known.
+
+    The batch is the first dimension of all inputs or, where some leave that open, of those alone, and every dimension
+    that goes by the same name.
+
+    Args:
+        inputs: name, shape and dtype; a shape has an int where the file fixes a dimension, else its name or None.
+        shape: of one image, for other open dimensions.
 
     Raises:
         MeasureError: the file fixes another batch, or leaves a dimension open that `shape` does not give.
     """
-    if not given:
-        return name, (), dtype
-    if isinstance(given[0], int) and given[0] != batch:
-        raise MeasureError(f"input {name!r} takes batch {given[0]} only, not {batch}; measure with batch {given[0]}")
-    sizes = [batch, *given[1:]]
-    for dim, size in enumerate(sizes):
-        if not isinstance(size, int):
-            if shape is None or len(shape) != len(sizes) - 1:
-                raise MeasureError(f"input {name!r} of shape {list(given)} leaves dimension {dim} open; give its shape")
-            sizes[dim] = shape[dim - 1]
-    return name, tuple(sizes), dtype
+    is_open = any(given and not isinstance(given[0], int) for _, given, _ in inputs)
+    named = {given[0] for _, given, _ in inputs if given and isinstance(given[0], str)}
+    found = []
+    for name, given, dtype in inputs:
+        if given and not is_open and given[0] != batch:
+            only = given[0]
+            raise MeasureError(f"input {name!r} takes batch {only} only, not {batch}; measure with batch {only}")
+        sizes = [batch if size in named else size for size in given]
+        if given and not isinstance(given[0], int):
+            sizes[0] = batch
+        for dim, size in enumerate(sizes):
+            if not isinstance(size, int):
+                if shape is None or len(shape) != len(sizes) - 1:
+                    raise MeasureError(
+                        f"input {name!r} of shape {list(given)} leaves dimension {dim} open; give its shape"
+                    )
+                sizes[dim] = shape[dim - 1]
+        found.append((name, tuple(sizes), dtype))
+    return tuple(found)
 
 
 def one_line(error: BaseException) -> str:

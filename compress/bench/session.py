@@ -90,8 +90,8 @@ def input_signature(session: Any, *, batch: int, shape: Sequence[int] | None = N
         if argument.type not in DTYPES:
             known = ", ".join(DTYPES)
             raise MeasureError(f"input {argument.name!r} is a {argument.type}; inputs can be made for {known}")
-        found.append(sized(argument.name, argument.shape, DTYPES[argument.type], batch=batch, shape=shape))
-    return tuple(found)
+        found.append((argument.name, argument.shape, DTYPES[argument.type]))
+    return sized(found, batch=batch, shape=shape)
 
 
 def runtime_errors() -> tuple[type[Exception], ...]:

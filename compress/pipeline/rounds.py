@@ -38,7 +38,7 @@ def sparsify(run: Run) -> dict[str, Any]:
     counts = run.prepared["epochs"]["sparse"]
     if run.augment() == "none":
         run.emit(Event("sparse", "the images are not augmented"))
-    target = run.keep * (1 - SIZE_MARGIN if run.recipe.prune.metric == "size" else 1)
+    target = run.keep * (1 - SIZE_MARGIN if run.recipe.prune.metric == "size" and run.keep < 1 else 1)
     found: list[dict[str, Any]] = []
     for index, count in enumerate(counts):
         name = f"round-{index + 1}"

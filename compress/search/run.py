@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from compress import pipeline, ranks
 from compress.checkpoint import ModelInfo
 from compress.errors import AccuracyError
-from compress.files import atomic_write
+from compress.files import atomic_path, atomic_write
 from compress.folder import RunFolder
 from compress.pipeline import Event, OnEvent
 from compress.recipe import Recipe
@@ -127,15 +128,18 @@ def _install(bench: Bench, winner: Outcome, chosen: Recipe) -> None:
     told = {"number": winner.number, "params": winner.params}
     if folder.has("state/winner.json") and folder.read("state/winner.json") == told:
         return
+    last = Path("state", "info.json")  # whoever finds it takes the other files to be whole
+    (bench.folder / last).unlink(missing_ok=True)
     for path in (*bench.folder.iterdir(), *(bench.folder / "state").iterdir()):
         if path.name == "state" or path.name in PROTECTED | OWN_STATE:
             continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     place = bench.place(winner.number)
-    for path in (*place.iterdir(), *(place / "state").iterdir()):
+    for path in sorted((*place.iterdir(), *(place / "state").iterdir()), key=lambda path: path == place / last):
         is_own = path.name in PROTECTED | OWN_STATE or path.suffix == ".pt"  # .pt: what a resumed phase needs
         if not is_own and path.is_file():
-            shutil.copy2(path, bench.folder / path.relative_to(place))
+            with atomic_path(bench.folder / path.relative_to(place)) as temporary:
+                shutil.copyfile(path, temporary)
     atomic_write(bench.folder / "recipe.yaml", chosen.to_yaml())
     folder.write("state/winner.json", told)
 
