@@ -20,7 +20,7 @@ from compress.curves import Width as Width
 from compress.errors import PruneError, UsageError
 from compress.example import fitting
 from compress.groups import Group, cut, trace
-from compress.scores import DATA_DRIVEN, LOSS_DRIVEN, SCORES
+from compress.scores import LOSS_DRIVEN, SCORES
 from compress.structure import forget
 from compress.task import CLASSIFICATION, Task, loss_of
 from compress.train import recalibrate
@@ -177,11 +177,10 @@ def _to(device: torch.device) -> Callable[[Tensor], Tensor]:
 
 def _orders(model: nn.Module, groups: Sequence[Group], score: str, held: Held, task: Task) -> dict[str, list[int]]:
     """Each group's channels, the most important first."""
-    pairs = [pair for pair in held if pair[1] is not None]
-    if score in DATA_DRIVEN and not pairs:
+    if score in LOSS_DRIVEN and held[0][1] is None:
         raise UsageError(f"the score {score!r} needs labels: give them, or take one that reads weights, such as 'l2'")
     options = {"loss": loss_of(task)} if score in LOSS_DRIVEN else {}
-    found = SCORES[score](model, groups, pairs or None, **options)
+    found = SCORES[score](model, groups, held, **options)
     return {name: values.argsort(descending=True, stable=True).tolist() for name, values in found.items()}
 
 

@@ -31,7 +31,7 @@ class Budget:
     """How many parameters a network has, and how many of them single-weight pruning can spare."""
 
     params: int  # learned ones, each once
-    fixed: int  # of norms, biases, the classifier: they count as they are, 0 or not
+    fixed: int  # of norms, biases, the classifier and the like: they count as they are, 0 or not
     floor: int  # weights that stay for the guard
 
     @property
@@ -50,8 +50,9 @@ class Budget:
         left = math.floor(keep * self.params * (1 + 1e-12)) - self.fixed
         if left < self.floor:
             raise TargetError(
-                f"the target {keep:.4g} of the params is out of reach: norms, biases and the classifier stay, and "
-                f"{FLOOR:g} of every layer; the lowest reachable share is {math.ceil(self.lowest * 1e4) / 1e4:g}",
+                f"the target {keep:.4g} of the params is out of reach: what is no weight of a convolution or a hidden "
+                f"linear layer stays, and {FLOOR:g} of every layer; the lowest reachable share is "
+                f"{math.ceil(self.lowest * 1e4) / 1e4:g}",
                 lowest=self.lowest,
             )
         return left
@@ -109,7 +110,7 @@ def choose(worth: Worth, count: int) -> dict[str, Tensor]:
 
     Places of worth -inf are never chosen, so that fewer than `count` may be.
     """
-    flat = {name: values.detach().double().cpu().flatten() for name, values in worth.items()}
+    flat = {name: values.detach().to("cpu", torch.float64, copy=True).flatten() for name, values in worth.items()}
     for values in flat.values():
         order = values.argsort(descending=True, stable=True)[: _floor(values)]
         values[order[values[order] > -math.inf]] = math.inf

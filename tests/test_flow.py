@@ -76,17 +76,15 @@ def test_channels_of_the_trunk_have_the_mean_step() -> None:
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_one_channel_at_a_time(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from compress.groups import Slice
-
     conv = nn.Conv2d(6, 8, 3, 2, 1, groups=groups, dtype=torch.float64)
     values = torch.randn(3, 6, 7, 7, dtype=torch.float64)
     expected = brute(values, conv, torch.ones(8, dtype=torch.float64)).detach()
     for most in (ELEMENTS, 1):  # all at once, and one by one
         monkeypatch.setattr("compress.regularize.flow.ELEMENTS", most)
-        found = contribution(values, conv, part=Slice("w", 1, 1, 2), size=4)
+        found = contribution(values, conv, places=2 + torch.arange(4).view(4, 1, 1))
         assert torch.allclose(found, expected[2:], atol=1e-12)
     linear, rows = nn.Linear(12, 5, dtype=torch.float64), torch.randn(4, 12, dtype=torch.float64)
-    found = contribution(rows, linear, part=Slice("w", 1, 3, 3), size=3)
+    found = contribution(rows, linear, places=3 + torch.arange(9).view(3, 1, 3))
     for channel in range(3):
         columns = slice(3 + 3 * channel, 6 + 3 * channel)
         assert torch.allclose(found[channel], (rows[:, columns] @ linear.weight[:, columns].T).abs().mean(), atol=1e-12)

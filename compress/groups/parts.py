@@ -15,13 +15,55 @@ Side = Literal["out", "in"]  # the filters that make the channels, or the weight
 Norm = nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm
 
 
-def weights(model: nn.Module, group: Group, sides: tuple[Side, ...] = ("out",)) -> Iterator[tuple[Slice, Tensor]]:
-    """The learned weights (two axes or more) of a group on the given sides; fixed ones (no gradient) do not count."""
+def weights(
+    model: nn.Module, group: Group, sides: tuple[Side, ...] = ("out",), *, held: bool = False
+) -> Iterator[tuple[Slice, Tensor]]:
+    """The learned weights (two axes or more) of a group on the given sides.
+
+    held: where none of them is learned, those that training holds fixed (no gradient), as in a network that is only
+    run; a matrix of zeros and ones alone selects channels and is none of these.
+    """
+    found = []
     for part in group.slices:
         module, leaf = owner(model, part.name)
         tensor = getattr(module, leaf)
-        if tensor.dim() > 1 and tensor.requires_grad and side(module, part) in sides:
+        if tensor.dim() > 1 and side(module, part) in sides:
+            found.append((part, tensor))
+    learned = [(part, tensor) for part, tensor in found if tensor.requires_grad]
+    if learned or not held:
+        yield from learned
+        return
+    for part, tensor in found:
+        if isinstance(tensor, nn.Parameter) and not bool(((tensor == 0) | (tensor == 1)).all()):
             yield part, tensor
+
+
+def readers(model: nn.Module, group: Group) -> Iterator[tuple[nn.Module, Slice, Tensor]]:
+    """The convolutions and linear layers that read a group's channels, where, and which of their inputs are whose.
+
+    The inputs are positions (size, parts, block): a convolution that keeps its groups while each of them loses as many
+    channels has one slice for all, so that a channel is one input in each part.
+    """
+    for part, tensor in weights(model, group, ("in",), held=True):
+        module, leaf = owner(model, part.name)
+        if leaf != "weight" or not isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+            continue  # a table of positions, say, to which the channels are added
+        own = part.offset + torch.arange(group.size * part.block).view(group.size, 1, part.block)
+        shifts = torch.zeros(1, dtype=torch.int64)
+        if isinstance(module, nn.modules.conv._ConvNd) and part.dim == 1:
+            shifts = torch.arange(module.groups) * tensor.shape[1]
+        yield module, part, own + shifts.view(1, -1, 1)
+
+
+def makers(model: nn.Module, group: Group) -> Iterator[tuple[nn.Module, Slice, Tensor]]:
+    """The convolutions and linear layers that make a group's channels, and which of their outputs are whose.
+
+    The outputs are positions (size, 1, block).
+    """
+    for part, _ in weights(model, group, held=True):
+        module, leaf = owner(model, part.name)
+        if leaf == "weight" and isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+            yield module, part, part.offset + torch.arange(group.size * part.block).view(group.size, 1, part.block)
 
 
 def side(module: nn.Module, part: Slice) -> Side:

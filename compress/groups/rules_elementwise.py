@@ -65,7 +65,8 @@ def normalised(step: Step) -> Result:
 def ordered(step: Step) -> Result:
     """Sorting, cumulating and the like: the place along the axis matters, so nothing leaves there."""
     value = step.tensors()[0]
-    value = stiffen(step.classes, value, _dims(step, value)[-1:], f"its channels are put in order ({step.where})")
+    dims = _dims(step, value) if step.get("dims") is not None else _dims(step, value)[-1:]  # `flip` has several
+    value = stiffen(step.classes, value, dims, f"its channels are put in order ({step.where})")
     found = tuple(
         Value(s, value.bundles) if s is not None and len(s) == len(value.shape) else None for s in step.shapes
     )

@@ -49,8 +49,10 @@ def lively(model: nn.Module) -> nn.Module:
 
 
 def _awake(tensor: Tensor, name: str, generator: torch.Generator) -> Tensor:
+    if tensor.dim() == 0:  # a gate that begins at 0 would hide its whole branch from a trial
+        return tensor if bool(tensor) else torch.rand((), generator=generator, dtype=torch.float64).add_(0.5).to(tensor)
     if tensor.dim() != 1:
-        if tensor.dim() == 0 or bool(tensor[:1].any()) or bool(tensor.any()):
+        if bool(tensor[:1].any()) or bool(tensor.any()):
             return tensor
         return torch.randn(tensor.shape, generator=generator).to(tensor) / math.sqrt(max(1, tensor[0].numel()))
     spread = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).add_(0.5).to(tensor)

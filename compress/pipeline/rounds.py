@@ -204,7 +204,8 @@ def _attach(
         except ValueError as error:
             raise PruneError(f"{type(regularizer).__name__} cannot watch this network: {error}") from error
     for regularizer, kept in zip(regularizers, before or (), strict=False):
-        regularizer.load_state_dict({**regularizer.state_dict(), **kept})
+        strengths = {name: value for name, value in kept.items() if name != "step"}  # what is counted begins anew
+        regularizer.load_state_dict({**regularizer.state_dict(), **strengths})
     if before is None and prune.strength is not None:
         for regularizer in regularizers:
             regularizer.scale_penalty(prune.strength)

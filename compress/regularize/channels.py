@@ -109,8 +109,9 @@ def conv_parameters(model: nn.Module, leaves: Sequence[str] = ("weight", "bias")
 
 
 def maskable(model: nn.Module, *, classifier: bool = False) -> dict[str, nn.Parameter]:
-    """The weights that a mask may thin: of convolutions, or of linear layers where there is no convolution.
+    """The weights that a mask may thin: of convolutions, and of linear layers where these hold the larger part.
 
+    So it is the convolutions alone in a ResNet, and both in a vision transformer, whose one convolution cuts patches.
     The classifier, taken to be the linear layer registered last, is left dense unless `classifier` says otherwise,
     or there is nothing else. Names are those of `named_parameters`.
 
@@ -120,8 +121,9 @@ def maskable(model: nn.Module, *, classifier: bool = False) -> dict[str, nn.Para
     learned = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad and p.dim() > 1}
     found = [id(p) for p in conv_parameters(model, ("weight",)) if id(p) in learned]
     linear = [id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) in learned]
-    if not found:
-        found = linear if classifier or len(linear) == 1 else linear[:-1]
+    hidden = linear if classifier or (len(linear) == 1 and not found) else linear[:-1]
+    if sum(learned[key][1].numel() for key in hidden) > sum(learned[key][1].numel() for key in found):
+        found = found + hidden
     elif classifier:
         found = found + linear[-1:]
     if not found:

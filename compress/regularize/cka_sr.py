@@ -14,9 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from compress import ranks
 from compress.errors import UsageError
 from compress.groups import Group, Slice
-from compress.groups.parts import weights
+from compress.groups.parts import readers
 from compress.regularize.cka import LEAST, centred, channel_grams, cka, gram, leave_one_out
-from compress.regularize.features import feature_modules, head
+from compress.regularize.features import feature_modules, first_tensor, head
 
 MEMORY = 10  # observations over which the score is averaged (ours): one has the spread of 16 images
 
@@ -59,7 +59,7 @@ class CkaSr:
         self.beta, self.samples, self.period = beta, samples, period
         self._step = 0  # steps of the optimiser so far
         self._seen: list[_Seen] = []  # of the present forward pass, in order
-        self._readers: dict[nn.Module, list[tuple[Group, Slice]]] = {}
+        self._readers: dict[nn.Module, list[tuple[Group, Slice, Tensor]]] = {}  # and which inputs are whose
         self._worth: dict[str, Tensor] = {}  # group name -> (size,), the averaged score
         self._looks = 0  # that went into it
         self._groups: tuple[Group, ...] = ()
@@ -73,9 +73,8 @@ class CkaSr:
         self._groups = tuple(groups)
         self._readers = {}
         for group in groups:
-            for part, _ in weights(model, group, ("in",)) if group.frozen is None else ():
-                reader = model.get_submodule(part.name.rpartition(".")[0])
-                self._readers.setdefault(reader, []).append((group, part))
+            for reader, part, places in readers(model, group) if group.frozen is None else ():
+                self._readers.setdefault(reader, []).append((group, part, places))
         self._handles = [model.register_forward_pre_hook(lambda module, inputs: self._seen.clear())]
         self._handles += [module.register_forward_pre_hook(self._read) for module in self._readers]
         self._handles += [module.register_forward_hook(self._record) for module in watched.values()]
@@ -94,7 +93,7 @@ class CkaSr:
         seen, self._seen = self._seen, []
         features = [at.head for at in seen if at.reader is None]
         if not features:
-            raise RuntimeError("no features: call penalty() after a forward pass in training mode")
+            raise UsageError("cka-sr has seen no features: call penalty() after a forward pass in training mode")
         if len(features[0]) < LEAST:
             raise UsageError(
                 f"cka-sr needs at least {LEAST} images in a batch, this one has {len(features[0])}: drop the last batch"
@@ -157,7 +156,8 @@ class CkaSr:
         return max(1, min(self._step, self.period))
 
     def _record(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if module.training and self._is_due() and torch.is_grad_enabled() and isinstance(output, Tensor):
+        output = first_tensor(output)
+        if output is not None and module.training and self._is_due() and torch.is_grad_enabled():
             self._seen.append(_Seen(output, head(output, self.samples)))
 
     def _read(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -178,13 +178,12 @@ class CkaSr:
             others = _others(min(before, len(features) - 1) if place is None else place, place, stages, rows)
             parts = channel_grams(at.head, -1 if isinstance(at.reader, nn.Linear) else 1)
             whole = centred(parts.sum(0))
-            for group, part in self._readers[at.reader]:
+            for group, part, places in self._readers[at.reader]:
                 # several layers may read one tensor: it counts once
                 key = (id(at.values), group.name, Slice("", 0, part.block, part.offset))
                 if key not in done:
                     done.add(key)
-                    own = parts[part.offset : part.offset + group.size * part.block]
-                    own = own.view(group.size, part.block, *own.shape[1:]).sum(1)
+                    own = parts[places.to(parts.device)].sum((1, 2))
                     found.setdefault(group.name, []).append(leave_one_out(centred(own), whole, others))
         self._looks += 1
         if not found:

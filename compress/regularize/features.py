@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Mish)
 
 
 def feature_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules to watch, by path: blocks of two or more weight layers that stand in a sequence, else activations."""
+    """The modules to watch, by path: blocks of two or more weight layers that stand in a sequence, else activations.
+
+    Of blocks inside others the outer ones count, but not those that hold two or more: a stage or a whole backbone is no
+    block.
+    """
     blocks: dict[str, nn.Module] = {}
     for path, container in model.named_modules():
-        if isinstance(container, nn.Sequential | nn.ModuleList):
+        if isinstance(container, CONTAINERS):
             for name, child in container.named_children():
                 weighted = sum(isinstance(m, nn.modules.conv._ConvNd | nn.Linear) for m in child.modules())
-                if weighted > 1 and not isinstance(child, nn.Sequential | nn.ModuleList):
+                if weighted > 1 and not isinstance(child, CONTAINERS):
                     blocks[f"{path}.{name}" if path else name] = child
-    while blocks:  # the outermost ones, unless there is only one: a whole backbone is no block
-        inner = {id(m) for block in blocks.values() for m in block.modules() if m is not block}
-        outer = {path: block for path, block in blocks.items() if id(block) not in inner}
-        if len(outer) > 1 or len(outer) == len(blocks):
-            return outer
-        blocks = {path: block for path, block in blocks.items() if path not in outer}
-    return {path: module for path, module in model.named_modules() if isinstance(module, ACTIVATIONS)}
+    found = _outermost(blocks)
+    if len(found) == 1:
+        found = _outermost({path: block for path, block in blocks.items() if path not in found}) or found
+    while any(_inside(block, blocks) for block in found.values()):
+        found = {p: b for path, block in found.items() for p, b in (_inside(block, blocks) or {path: block}).items()}
+    return found or {path: module for path, module in model.named_modules() if isinstance(module, ACTIVATIONS)}
+
+
+def _outermost(blocks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those that are in no other."""
+    inner = {id(m) for block in blocks.values() for m in block.modules() if m is not block}
+    return {path: block for path, block in blocks.items() if id(block) not in inner}
+
+
+def _inside(block: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The outermost blocks inside one; none unless there are two: a gate, say, in an inverted residual is no block."""
+    own = {id(m) for m in block.modules() if m is not block}
+    found = _outermost({path: other for path, other in blocks.items() if id(other) in own})
+    return found if len(found) > 1 else {}
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """What a block gives: the tensor, or the first of a tuple (of features and attention maps, say)."""
+    found = next(iter(output), None) if isinstance(output, tuple | list) else output
+    return found if isinstance(found, Tensor) else None
 
 
 def head(feature: Tensor, samples: int | None) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from compress.errors import UsageError
 from compress.groups import Group
 from compress.groups.parts import norm_behind, rows, weights
 from compress.regularize.closed import closed
-from compress.regularize.features import ACTIVATIONS, feature_modules, head
+from compress.regularize.features import ACTIVATIONS, feature_modules, first_tensor, head
 from compress.regularize.flow import Flow
 
 
@@ -82,7 +83,7 @@ class Ffr:
     def penalty(self) -> Tensor:
         """Length and curvature of the features of the last forward pass in training mode, shape ()."""
         if not self._features:
-            raise RuntimeError("no features: call penalty() after a forward pass in training mode")
+            raise UsageError("ffr has seen no features: call penalty() after a forward pass in training mode")
         if self._flow is not None:
             self._flow.look(self._whole)
         segments = self.segments(self._features)
@@ -125,10 +126,12 @@ class Ffr:
         for group in self._groups:
             layers = []
             for part, tensor in weights(self._model, group):
-                strength = rows(tensor.detach(), part, group.size).abs().sum(1)
+                filters = rows(tensor.detach(), part, group.size).view(group.size, part.block, -1).abs().sum(2)
                 norm = behind.get(part.name.rpartition(".")[0])
                 if norm is not None and f"{norm}.weight" in state:
-                    strength = strength * state[f"{norm}.weight"][part.offset :][: group.size].abs()
+                    scale = state[f"{norm}.weight"][part.offset :][: filters.numel()]
+                    filters = filters * scale.abs().view_as(filters)
+                strength = filters.sum(1)
                 layers.append(strength / strength.max().clamp(min=1e-30))
             mean = torch.stack(layers).mean(0) if layers else torch.ones(group.size)
             found[group.name] = mean.float().cpu()
@@ -158,7 +161,8 @@ class Ffr:
             self._flow.load_state_dict(state["flow"])
 
     def _record(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if not (module.training and torch.is_grad_enabled() and isinstance(output, Tensor)):
+        output = first_tensor(output)
+        if output is None or not (module.training and torch.is_grad_enabled()):
             return
         entered = inputs[0] if inputs else None
         starts_run = entered is not self._last and not isinstance(module, ACTIVATIONS)

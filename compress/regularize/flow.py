@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from compress.groups import Group, Slice
-from compress.groups.parts import norm_behind, weights
+from compress.groups import Group
+from compress.groups.parts import norm_behind, readers
 
 MEMORY = 10  # looks over which the score is averaged (ours), as for CKA-SR
 ELEMENTS = 2**24  # of a product that is held at once: 64 MB
@@ -32,15 +32,14 @@ class Flow:
         self._samples, self._period = samples, period
         self._step, self._looks = 0, 0
         self._seen: list[tuple[nn.Module, Tensor]] = []  # readers with what they read, of the present forward pass
-        self._readers: dict[nn.Module, list[tuple[Group, Slice]]] = {}
+        self._readers: dict[nn.Module, list[tuple[Group, Tensor]]] = {}  # and which inputs are whose
         self._norms: dict[nn.Module, Norm] = {}
         behind = norm_behind(model)
         for group in (group for group in groups if group.frozen is None):
-            for part, _ in weights(model, group, ("in",)):
+            for reader, part, places in readers(model, group):
                 path = part.name.rpartition(".")[0]
-                reader = model.get_submodule(path)
                 if isinstance(reader, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
-                    self._readers.setdefault(reader, []).append((group, part))
+                    self._readers.setdefault(reader, []).append((group, places))
                     norm = model.get_submodule(behind[path]) if path in behind else None
                     if isinstance(norm, Norm):
                         self._norms[reader] = norm
@@ -65,15 +64,15 @@ class Flow:
         own: dict[str, dict[int, Tensor]] = {}  # group -> pair -> |difference| of its channels
         through: dict[str, list[Tensor]] = {}
         for reader, values in seen:
-            for group, part in self._readers[reader]:
+            for group, places in self._readers[reader]:
                 index = place.get(id(values))
                 pairs = {at: steps[at] for at in (index - 1, index) if at in steps} if index is not None else {}
-                if pairs and part.block == 1:
-                    held = slice(part.offset, part.offset + group.size)
-                    own.setdefault(group.name, {}).update({at: step[held] for at, step in pairs.items()})
+                if pairs and places.shape[2] == 1:
+                    means = {at: step[places.to(step.device)].mean((1, 2)) for at, step in pairs.items()}
+                    own.setdefault(group.name, {}).update(means)
                 else:
                     norm, read = self._norms.get(reader), values[: self._samples]
-                    found = contribution(read, reader, part=part, size=group.size, norm=norm)
+                    found = contribution(read, reader, places=places, norm=norm)
                     through.setdefault(group.name, []).append(found)
         self._looks += 1
         for name in own.keys() | through.keys():
@@ -107,12 +106,12 @@ class Flow:
             self._seen.append((module, inputs[0]))
 
 
-def contribution(values: Tensor, reader: nn.Module, *, part: Slice, size: int, norm: Norm | None = None) -> Tensor:
+def contribution(values: Tensor, reader: nn.Module, *, places: Tensor, norm: Norm | None = None) -> Tensor:
     """Mean over images, places and outputs of |what `reader` makes of each channel alone|: (size,).
 
     Args:
         values: what the layer reads, (N, C, ...) for a convolution, (..., C) for a linear layer.
-        part: where the group's `size` channels lie among the weight's inputs.
+        places: (size, parts, block), which of the layer's inputs are each channel's; see `groups.parts.readers`.
         norm: the batch norm behind the layer, taken with its running variance.
     """
     weight = reader.weight
@@ -124,16 +123,15 @@ def contribution(values: Tensor, reader: nn.Module, *, part: Slice, size: int, n
             weight = weight * gain.abs().view(-1, *[1] * (weight.dim() - 1))
         values = values.detach().to(weight.dtype)
         if isinstance(reader, nn.Linear):
-            return _by_matrix(values.flatten(0, -2), weight, part, size)
+            return _by_matrix(values.flatten(0, -2), weight, places.flatten(1))
         assert isinstance(reader, nn.modules.conv._ConvNd)
-        return _by_filters(values, weight, reader, part.offset + torch.arange(size))
+        found = _by_filters(values, weight, reader, places.flatten())
+        return found.view(places.shape).sum(2).mean(1)  # what each part makes is other outputs of the layer
 
 
-def _by_matrix(values: Tensor, weight: Tensor, part: Slice, size: int) -> Tensor:
+def _by_matrix(values: Tensor, weight: Tensor, places: Tensor) -> Tensor:
     """(n, C) and (O, C) -> (size,); a channel may span several columns."""
-    columns = slice(part.offset, part.offset + size * part.block)
-    read, made = (x[:, columns].reshape(len(x), size, -1) for x in (values, weight))
-    return torch.stack([(read[:, i] @ made[:, i].T).abs().mean() for i in range(size)])
+    return torch.stack([(values[:, own] @ weight[:, own].T).abs().mean() for own in places.to(values.device)])
 
 
 def _by_filters(values: Tensor, weight: Tensor, reader: nn.modules.conv._ConvNd, chosen: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from compress.groups import Group
 from compress.groups.parts import layer_mean, rows, weights
 
 Scores = Mapping[str, Tensor]  # group name -> (size,) float32 on the CPU; larger = keep
-Batches = Iterable[tuple[Example, Tensor]]  # images (N, C, H, W) or several inputs; labels (N,) int64 or masks
+Batches = Iterable[tuple[Example, Any]]  # images (N, C, H, W) or several inputs; labels (N,) int64, masks, a task's own
 
 
 class Score(Protocol):
@@ -26,7 +26,8 @@ def by_filter(model: nn.Module, groups: Sequence[Group], value: Callable[[Tensor
     """`value` of every layer's filters, (size, weights per filter) -> (size,), averaged over each group's layers."""
     return {
         group.name: layer_mean(
-            (value(rows(tensor.detach(), part, group.size)) for part, tensor in weights(model, group)), group.size
+            (value(rows(tensor.detach(), part, group.size)) for part, tensor in weights(model, group, held=True)),
+            group.size,
         )
         for group in groups
     }

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from compress.errors import UsageError
 from compress.example import like
 from compress.groups import Group, Slice
-from compress.groups.parts import layer_mean, rows, weights
+from compress.groups.parts import layer_mean, makers, readers, rows, weights
 from compress.scores.layers import Batches, Scores
 
-Loss = Callable[[Any, Tensor], Tensor]  # the network's output, the targets -> (), the mean over the images
-Given = tuple[tuple[Tensor, ...], Tensor]  # what the network is called with, and the targets
+Loss = Callable[[Any, Any], Tensor]  # the network's output, the targets -> (), the mean over the images
+Given = tuple[tuple[Tensor, ...], Any]  # what the network is called with, and the targets
 IMAGES = 256  # single images that `hessian` and `obd_c` go through (ours): seconds for a CIFAR network on two cores
 
 
@@ -36,7 +37,7 @@ def taylor(
     held = _held(model, groups)
     tensors = [tensor for *_, tensor in held]
     totals = [torch.zeros(()) for _ in held]
-    with _evaluating(model), torch.enable_grad():
+    with _evaluating(model), _differentiable(tensors):
         for given, targets in _read(model, batches, "taylor"):
             gradients = _gradients(loss(model(*given), targets), tensors)
             for at, (group, part, tensor) in enumerate(held):
@@ -86,21 +87,19 @@ def activation(model: nn.Module, groups: Sequence[Group], batches: Batches | Non
     """
     sums: dict[tuple[str, Slice], Tensor] = {}
 
-    def watch(module: nn.Module, group: Group, part: Slice, *, is_read: bool) -> Any:
+    def watch(module: nn.Module, group: Group, part: Slice, places: Tensor, *, is_read: bool) -> Any:
         def record(module: nn.Module, inputs: Any, output: Any = None) -> None:
             values = (inputs[0] if is_read else output).detach().abs().double()
-            values = values.movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1).sum(1)
-            found = values[part.offset : part.offset + group.size * part.block].view(group.size, -1).sum(1).cpu()
-            sums[group.name, part] = sums.get((group.name, part), 0) + found
+            values = values.movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1).sum(1).cpu()
+            sums[group.name, part] = sums.get((group.name, part), 0) + values[places].flatten(1).sum(1)
 
         return module.register_forward_pre_hook(record) if is_read else module.register_forward_hook(record)
 
     handles = []
     for group in groups:
-        readers = [part for part, _ in weights(model, group, ("in",))]
-        for part in readers or [part for part, _ in weights(model, group)]:
-            module = model.get_submodule(part.name.rpartition(".")[0])
-            handles.append(watch(module, group, part, is_read=bool(readers)))
+        at = list(readers(model, group))
+        for module, part, places in at or makers(model, group):
+            handles.append(watch(module, group, part, places, is_read=bool(at)))
     try:
         with _evaluating(model), torch.no_grad():
             for given, _ in _read(model, batches, "activation"):
@@ -115,7 +114,7 @@ Held = list[tuple[Group, Slice, Tensor]]  # every layer that makes a group's cha
 
 
 def _held(model: nn.Module, groups: Sequence[Group]) -> Held:
-    return [(group, part, tensor) for group in groups for part, tensor in weights(model, group)]
+    return [(group, part, tensor) for group in groups for part, tensor in weights(model, group, held=True)]
 
 
 def _curvature(model: nn.Module, groups: Sequence[Group], batches: Iterator[Given], loss: Loss) -> Scores:
@@ -123,10 +122,10 @@ def _curvature(model: nn.Module, groups: Sequence[Group], batches: Iterator[Give
     held = _held(model, groups)
     tensors = [tensor for *_, tensor in held]
     squares = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in tensors]
-    with _evaluating(model), torch.enable_grad():
+    with _evaluating(model), _differentiable(tensors):
         for given, targets in batches:
-            for at in range(len(targets)):
-                one = loss(model(*(inputs[at : at + 1] for inputs in given)), targets[at : at + 1])
+            for at in range(len(given[0])):
+                one = loss(model(*(inputs[at : at + 1] for inputs in given)), _part(targets, at, at + 1))
                 for total, gradient in zip(squares, _gradients(one, tensors), strict=True):
                     total += gradient.double().square()
     return _by_group(
@@ -153,8 +152,8 @@ def _first(batches: Iterator[Given], images: int) -> Iterator[Given]:
     """The batches up to `images` images, the last one cut."""
     left = images
     for given, targets in batches:
-        yield tuple(inputs[:left] for inputs in given), targets[:left]
-        left -= len(targets)
+        yield tuple(inputs[:left] for inputs in given), _part(targets, 0, left)
+        left -= len(given[0])
         if left <= 0:
             return
 
@@ -170,9 +169,28 @@ def _read(model: nn.Module, batches: Batches | None, score: str) -> Iterator[Giv
     count = 0
     for inputs, targets in batches:
         count += 1
-        yield like(inputs, own), targets.to(own.device)
+        yield like(inputs, own), tree_map_only(Tensor, lambda target: target.to(own.device), targets)
     if not count:
         raise UsageError(f"the score {score!r} needs data, and there was no batch in what it was given")
+
+
+def _part(targets: Any, start: int, end: int) -> Any:
+    """Some images' targets, whatever they are made of; tensors have one row an image."""
+    return tree_map_only(Tensor, lambda target: target[start:end], targets)
+
+
+@contextmanager
+def _differentiable(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Gradients are computed, and for weights too that training holds fixed."""
+    fixed = [tensor for tensor in tensors if not tensor.requires_grad]
+    try:
+        for tensor in fixed:
+            tensor.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for tensor in fixed:
+            tensor.requires_grad_(False)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def bn_scale(model: nn.Module, groups: Sequence[Group], batches: Batches | None 
     return {
         group.name: layer_mean(
             [scale.abs() for _, scale in scales(model, group)]
-            or [rows(tensor, part, group.size).abs().sum(1) for part, tensor in weights(model, group)],
+            or [rows(tensor, part, group.size).abs().sum(1) for part, tensor in weights(model, group, held=True)],
             group.size,
         )
         for group in groups

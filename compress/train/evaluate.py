@@ -84,8 +84,11 @@ def recalibrate(
         norm.momentum = None  # a cumulative average
         norm.train()
     with torch.no_grad(), device.autocast():
-        for batch in islice(loader, batches):
-            model(*arguments(task.unpack(batch)[0]))
+        given = (arguments(task.unpack(batch)[0]) for batch in islice(loader, batches))
+        for place, inputs in enumerate(given):
+            if place and len(inputs[0]) == 1:
+                continue  # a rest of one image: a norm behind a global pooling cannot take it
+            model(*inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         for statistic in (norm.running_mean, norm.running_var):
