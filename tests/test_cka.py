@@ -197,7 +197,7 @@ def test_evaluation_keeps_nothing_and_no_hook_stays() -> None:
     regularizer = made(model, groups)
     model.eval()(X.double())
     assert not regularizer._seen
-    with pytest.raises(RuntimeError, match="after a forward pass in training mode"):
+    with pytest.raises(UsageError, match="after a forward pass in training mode"):
         regularizer.penalty()
     with torch.no_grad():
         model.train()(X.double())

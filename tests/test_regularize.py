@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compress.errors import UsageError
 from compress.groups import Group, trace
 from compress.regularize import REGULARIZERS, SPARSE_TRAINING, Ffr, Halo
 from compress.regularize.features import feature_modules, head
@@ -320,10 +321,10 @@ def test_ffr_leaves_no_hook_and_ignores_evaluation() -> None:
     model = NETS["residual"]()
     made = Ffr()
     made.attach(model, ())
-    with pytest.raises(RuntimeError, match="after a forward pass in training mode"):
+    with pytest.raises(UsageError, match="after a forward pass in training mode"):
         made.penalty()
     model.eval()(X)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UsageError):
         made.penalty()
     model.train()(X)
     model(X)  # only the last pass counts
