@@ -98,14 +98,15 @@ def channels(model: nn.Module, groups: Sequence[Group]) -> Channels:
 
 
 def conv_parameters(model: nn.Module, leaves: Sequence[str] = ("weight", "bias")) -> list[nn.Parameter]:
-    """Every learned convolution weight and bias, without norms and linear layers."""
+    """Every learned convolution weight and bias once, without norms and linear layers."""
     found = [
         getattr(module, leaf)
         for module in model.modules()
         if isinstance(module, nn.modules.conv._ConvNd)
         for leaf in leaves
     ]
-    return [parameter for parameter in found if isinstance(parameter, nn.Parameter) and parameter.requires_grad]
+    learned = [parameter for parameter in found if isinstance(parameter, nn.Parameter) and parameter.requires_grad]
+    return list({id(parameter): parameter for parameter in learned}.values())
 
 
 def maskable(model: nn.Module, *, classifier: bool = False) -> dict[str, nn.Parameter]:

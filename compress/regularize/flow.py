@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from compress import ranks
 from compress.groups import Group
 from compress.groups.parts import norm_behind, readers
 
@@ -68,15 +69,19 @@ class Flow:
                 index = place.get(id(values))
                 pairs = {at: steps[at] for at in (index - 1, index) if at in steps} if index is not None else {}
                 if pairs and places.shape[2] == 1:
-                    means = {at: step[places.to(step.device)].mean((1, 2)) for at, step in pairs.items()}
-                    own.setdefault(group.name, {}).update(means)
+                    found_at = {at: step[places.to(step.device)].mean((1, 2)) for at, step in pairs.items()}
+                    own.setdefault(group.name, {}).update(found_at)
                 else:
                     norm, read = self._norms.get(reader), values[: self._samples]
                     found = contribution(read, reader, places=places, norm=norm)
                     through.setdefault(group.name, []).append(found)
         self._looks += 1
-        for name in own.keys() | through.keys():
-            new = torch.stack(list(own[name].values()) if name in own else through[name]).mean(0)
+        names = sorted(own.keys() | through.keys())
+        if not names:
+            return
+        means = [torch.stack(list(own[n].values()) if n in own else through[n]).mean(0) for n in names]
+        shared = torch.split(ranks.averaged(torch.cat(means)), [len(mean) for mean in means])
+        for name, new in zip(names, shared, strict=True):
             old = self.worth.get(name, torch.zeros_like(new)).to(new)
             self.worth[name] = old + (new - old) / min(self._looks, MEMORY)
 
