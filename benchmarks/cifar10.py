@@ -46,6 +46,8 @@ FILTERS: dict[str, tuple[str, ...]] = {
     "halo, penalty_share 300": ("--method", "halo", "--set", "prune.penalty_share=300"),
     "halo, one sparse epoch of five": ("--method", "halo", "--set", "train.sparse_share=0.2"),
     "ffr + l2": ("--method", "ffr", "--score", "l2"),
+    "l2, temperature 2": ("--method", "l2", "--set", "train.temperature=2"),
+    "l2, weight decay 1e-4": ("--method", "l2", "--set", "train.weight_decay=0.0001"),
     "growing-reg, penalty_share 10": ("--method", "growing-reg", "--set", "prune.penalty_share=10"),
 }
 # A bad start for 5 %: early layers nearly dense, late ones nearly empty; scaled to the density, floors respected.
