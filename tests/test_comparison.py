@@ -253,7 +253,7 @@ class TestVerdict:
         """`shared`: noise that all runs of one method and seed have in common, beside a noise of 1 of each run."""
         drawn, latencies = np.random.default_rng(0), [1.0, 1.3, 1.7]
         wins = 0
-        for _ in range(200):
+        for _ in range(100):
             runs = [
                 p
                 for name in methods
@@ -264,7 +264,7 @@ class TestVerdict:
                 )
             ]
             wins += sentence(runs, methods)[0] is not None
-        assert wins <= 17  # 5 % of 200 and more than two standard deviations above
+        assert wins <= 10  # 5 % of 100 and more than two standard deviations above
 
     def test_equal_gaps_by_chance_prove_nothing(self) -> None:
         one, other = points("a", [[61.0], [62.0]], [1.0]), points("b", [[60.0], [61.0]], [1.0])
