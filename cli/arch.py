@@ -18,16 +18,13 @@ from torch import Tensor, nn
 from compress.checkpoint import Checkpoint, ModelInfo, renamed
 from compress.cli import huggingface, images, user_code
 from compress.cli.images import Images
-from compress.cli.user_code import close_to, line
+from compress.cli.user_code import RESERVED, close_to, line
 from compress.errors import CompressError, LoadError, UsageError
 from compress.models import ARCHS, SelectChannels
 
 Builder = Callable[..., Any]
 FORMS = "timm:NAME, torchvision:NAME, hf:REPO_OR_DIR, pkg.module:function or path/to/file.py:function"
 LIBRARIES = ("timm:", "torchvision:", "hf:")  # what a file may name: libraries, not code
-# Arguments of the libraries that bring weights of their own, fetch and open files, or run code.
-RESERVED = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "weights",
-            "weights_backbone", "trust_remote_code"}  # fmt: skip
 # What the weights can tell: argument -> two values whose networks are compared to find the axis that carries it.
 INFERRED = {"num_classes": (10, 11), "in_channels": (3, 4), "in_chans": (3, 4)}
 
@@ -81,6 +78,8 @@ def resolve(spec: str | None, arch_args: Mapping[str, Any], checkpoint: Checkpoi
     known = info.arch_kwargs if name == info.arch else {}
     if name.startswith(LIBRARIES) and (reserved := sorted(RESERVED & {*arch_args})):
         raise UsageError(f"--arch-arg {reserved[0]} is not allowed: the weights come from the checkpoint; leave it out")
+    if name.startswith(LIBRARIES) and (reserved := sorted(RESERVED & {*known})):
+        raise LoadError(f"the file names {name} with {reserved[0]}, which would bring weights or run code: not allowed")
     given = {**known, **arch_args}
     config: dict[str, Any] = {}
     if name.startswith(huggingface.PREFIX) and "config" not in given:

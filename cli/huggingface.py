@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compress.checkpoint import renamed
 from compress.cli.images import Images
-from compress.cli.user_code import close_to, line
+from compress.cli.user_code import RESERVED, close_to, line
 from compress.errors import LoadError, UsageError
 
 PREFIX = "hf:"
@@ -86,6 +86,9 @@ def build(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> nn.Module:
     kind = config["model_type"]
     if kind not in KINDS:
         raise LoadError(f"transformers has no image classifier {kind!r}{close_to(kind, KINDS)}")
+    inner = sorted(RESERVED & {*(config.get("model_args") or ())})  # for timm, in the wrapper of transformers
+    if inner:
+        raise LoadError(f"the configuration of {kind} gives {inner[0]}, which would bring weights or run code")
     made = CONFIG_MAPPING[kind].from_dict({key: value for key, value in config.items() if key != "auto_map"})
     for key, value in arguments.items():
         name = "num_labels" if key == "num_classes" else key

@@ -49,7 +49,7 @@ def train(
     batch_size: Annotated[int, typer.Option("--batch-size", min=2)] = 128,
     label_smoothing: Annotated[float, typer.Option("--label-smoothing", min=0, max=0.99)] = 0.0,
     image_size: Annotated[
-        int | None, typer.Option("--image-size", min=4, help="Pixels a side; default: the network's")
+        int | None, typer.Option("--image-size", min=4, help="Pixels a side; default: the images' own")
     ] = None,
     val_share: Annotated[
         float, typer.Option("--val-share", help="Share of train held out where there is no val split, between 0 and 1")
@@ -106,8 +106,9 @@ def train(
     )  # fmt: skip
     state = out.with_suffix(".state")
     if ranks.is_first():
-        if not resume:
-            state.unlink(missing_ok=True)
+        if not resume and state.exists():
+            view.hint(f"{state}, left by an interrupted training, is not used: --resume would go on from it")
+            state.unlink()
         out.parent.mkdir(parents=True, exist_ok=True)
     with view.Live(wanted.metric) as live:
         fitted = fit(

@@ -17,6 +17,10 @@ from torch import nn
 from compress.errors import LoadError
 from compress.task import Task, check, ours
 
+# Arguments of the libraries that bring weights of their own, fetch and open files, or run code.
+RESERVED = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "weights",
+            "weights_backbone", "trust_remote_code"}  # fmt: skip
+
 
 @contextmanager
 def importable(name: str) -> Iterator[None]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.errors import PruneError, UsageError
-from compress.example import Example, arguments, shapes
+from compress.example import Example, arguments, fitting, shapes
 from compress.groups import Group
 
 Metric = Literal["params", "macs", "size", "latency"]
@@ -109,8 +109,8 @@ def watch(model: nn.Module, example: Example, watcher: TorchDispatchMode) -> Non
     model.eval()
     try:
         with torch.no_grad(), watcher:
-            model(*arguments(example))
-    except RuntimeError as error:
+            model(*fitting(example, model))
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise PruneError(f"the network does not run on shape {shapes(example)}: {error}") from error
     finally:
         model.train(was_training)

@@ -151,7 +151,7 @@ def complete(info: ModelInfo, loaded: data.Data) -> ModelInfo:
             "mean": tuple(mean),
             "std": tuple(std),
             "input_size": (channels, height, width),
-            "labels": info.labels or loaded.labels,
+            "labels": loaded.labels if len(info.labels or loaded.labels) == len(loaded.labels) else info.labels,
             "data": loaded.name,
         }
     )

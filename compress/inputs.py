@@ -32,9 +32,13 @@ def image_shape(model: nn.Module, info: ModelInfo, side: int | None = None) -> t
         if info.input_size is None:
             raise UsageError("the size of the network's images is not known: give --input-size N, in pixels a side")
         return info.input_size
+    return channels_of(model, info), side, side
+
+
+def channels_of(model: nn.Module, info: ModelInfo) -> int:
+    """How many channels images have: those of the first convolution, else what the file says, else 3."""
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    channels = first.in_channels if first is not None else info.input_size[0] if info.input_size else 3
-    return channels, side, side
+    return first.in_channels if first is not None else info.input_size[0] if info.input_size else 3
 
 
 def load_data(
@@ -45,10 +49,15 @@ def load_data(
     val_share: float = 0.1,
     seed: int = 0,
     max_unreadable: float = 0.01,
+    channels: int = 3,
 ) -> Data:
     """The data set `source`, else the one that the network's file names, with images of the network's size.
 
-    A file may name a data set, but never code: a function is only run when the user names it.
+    A file may name a data set, but never code: a function is only run when the user names it. Where the data's classes
+    go by names that the network knows, they are numbered as there.
+
+    Args:
+        channels: of the images, where `info` says nothing of them.
 
     Raises:
         DataError: none is named, or it cannot be loaded.
@@ -56,18 +65,20 @@ def load_data(
     named = source or info.data
     if not named:
         raise DataError("the file names no data set: give --data (digits, a folder, Parquet files, hf:NAME, ...)")
-    if source is None and ":" in named and not named.startswith("hf:") and not Path(named).exists():
+    is_data = named.startswith("hf:") or Path(named).is_dir() or Path(named).suffix == ".parquet"
+    if source is None and ":" in named and not is_data:
         raise DataError(f"the file names the code {named!r} as its data set: if you trust it, say --data {named}")
-    channels, size = (info.input_size[0], info.input_size[1]) if info.input_size else (3, None)
-    return data.load(
+    known = info.input_size
+    loaded = data.load(
         named,
-        image_size=image_size or size,
-        channels=channels,
+        image_size=image_size or (known[1:] if known else None),
+        channels=known[0] if known else channels,
         val_share=val_share,
         seed=seed,
         max_unreadable=max_unreadable,
         num_classes=len(info.labels) if info.labels else None,
     )
+    return data.named_as(loaded, info.labels) if info.labels else loaded
 
 
 def choose(loaded: Data, name: SplitName | None) -> tuple[SplitName, Split]:

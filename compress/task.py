@@ -52,7 +52,8 @@ class Classification:
         return images, labels
 
     def logits(self, output: Any) -> Tensor:
-        found: Tensor = output
+        """The tensor, or the first of a tuple: some networks add those of auxiliary classifiers while they train."""
+        found: Tensor = output[0] if isinstance(output, tuple) else output
         return found
 
     def loss(self, logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:

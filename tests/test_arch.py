@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,9 @@ def test_timm() -> None:
     assert _refusal("timm:resnet19").startswith("timm has no network 'resnet19' (did you mean resnet1")
     text = _refusal("timm:resnet18", kind=UsageError, pretrained=True)
     assert text == "--arch-arg pretrained is not allowed: the weights come from the checkpoint; leave it out"
+    info = ModelInfo(arch="timm:resnet18", arch_kwargs={"checkpoint_path": "evil.pth"})
+    with pytest.raises(LoadError, match="with checkpoint_path, which would bring weights or run code: not allowed"):
+        resolve(None, {}, replace(checkpoint, info=info))
 
 
 def test_torchvision() -> None:

@@ -19,9 +19,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from compress.data import Data, Loader, MemorySplit, Split, StreamSplit, load, loader, statistics
+from compress.checkpoint import ModelInfo
+from compress.data import Data, Loader, MemorySplit, Split, StreamSplit, load, loader, named_as, statistics
 from compress.data.decode import decode, fit_arrays
 from compress.errors import DataError
+from compress.inputs import load_data
 
 CIFAR10 = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "cifar10"
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # batches hold the pixels as they are
@@ -292,6 +294,65 @@ def test_parquet_and_hub_layouts(tmp_path: Path) -> None:
     streamed = load(str(tmp_path), image_size=6, memory_limit=0)
     a, b = (_all(loader(d.val, batch_size=4, train=False, workers=0, **PLAIN)) for d in (folder, streamed))
     assert _same(a, b)
+
+
+def test_files_that_name_their_split_otherwise_or_not_at_all(tmp_path: Path) -> None:
+    _table(12).to_parquet(tmp_path / "training.parquet")
+    _table(4, seed=50).to_parquet(tmp_path / "testing-0.parquet")
+    found = load(str(tmp_path), image_size=None)
+    assert found.test is not None and (len(found.train) + len(found.val), len(found.test)) == (12, 4)
+    _table(4, seed=60).to_parquet(tmp_path / "more.parquet")
+    with pytest.raises(DataError, match=r"'more.parquet' in .* names no split and other files do"):
+        load(str(tmp_path), image_size=None)
+    _folder(tmp_path / "twice", {"train": 2, "val": 2, "validation": 2})
+    with pytest.raises(DataError, match=r"holds val/ and validation/, which are the same split"):
+        load(str(tmp_path / "twice"), image_size=None)
+
+
+def test_classes_are_numbered_as_the_network_numbers_them(tmp_path: Path) -> None:
+    source = str(_folder(tmp_path, {"train": 4, "test": 2}))
+    given = load(source, image_size=8)
+    known = ("cat", "dog", "ant", "bee")
+    found = load_data(ModelInfo(labels=known, input_size=(3, 8, 8)), source)
+    assert found.labels == known and found.test is not None and given.test is not None
+    assert [known[i] for i in found.test.targets] == [given.labels[i] for i in given.test.targets]
+    assert found.train.targets.tolist() == [(2, 3, 0)[i] for i in given.train.targets.tolist()]
+    for other in (("x", "y", "z"), ("ant", "bee"), ("ant", "bee", "cat", "ant")):
+        assert named_as(given, other) is given
+
+
+def test_images_that_are_no_squares_stay_what_they_were(tmp_path: Path) -> None:
+    source = str(_folder(tmp_path, {"train": 4, "test": 2}, size=(12, 10)))
+    own = load(source, image_size=None)
+    assert own.train.shape == (3, 10, 12)
+    again = load_data(ModelInfo(input_size=own.train.shape), source)
+    assert again.train.shape == own.train.shape and again.fingerprint == own.fingerprint
+    assert load_data(ModelInfo(), source, channels=1).train.shape == (1, 10, 12)
+
+
+def test_code_that_a_file_names_is_not_run_whatever_else_is_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("evil.py").write_text("raise SystemExit(5)")
+    Path("evil.py:f").touch()
+    with pytest.raises(DataError, match=r"names the code 'evil.py:f' as its data set: if you trust it, say --data"):
+        load_data(ModelInfo(data="evil.py:f"))
+    with pytest.raises(DataError, match=r"cannot be imported: SystemExit: 5; allowed are"):
+        load_data(ModelInfo(), "evil.py:f")
+
+
+def test_a_users_file_may_hold_what_python_files_hold(tmp_path: Path) -> None:
+    body = "return {'train': (np.zeros((8, 3, 6, 6), np.uint8), np.arange(8) % 2)}"
+    name = _module(tmp_path, body)
+    file = tmp_path / "mine.py"
+    own = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int = 1\n"
+    )
+    file.write_text(own + file.read_text())
+    assert len(load(name, image_size=None).train) == 6
+    with pytest.raises(DataError, match=r"mine.py:splits' failed: ZeroDivisionError: .*; correct the function"):
+        load(_module(tmp_path, "1 / 0"), image_size=None)
 
 
 def test_labels_that_are_text_or_bare_numbers(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from compress.data import Loader, load, loader
 from compress.errors import DivergedError, PruneError, TrackerError, UsageError
 from compress.groups import trace
 from compress.regularize import REGULARIZERS, SPARSE_TRAINING
+from compress.task import Classification
 from compress.train import Outcome, Progress, Settings, accelerator, evaluate, finetune, recalibrate, schedule
 from tests.nets import NETS
 
@@ -287,6 +288,21 @@ def test_a_resumed_phase_equals_an_unbroken_one_with_dropout(batches, device, tm
         return model
 
     assert equal(phase(0), phase(100))
+
+
+def test_another_training_does_not_go_on_from_a_state(batches, device, tmp_path) -> None:
+    state, settings = tmp_path / "x.state", Settings(epochs=1, lr=0.01)
+    finetune(network(), *batches, settings, device=device, state=state)
+    with pytest.raises(UsageError, match=r"left by a training with epochs = 1, not 2; begin anew"):
+        finetune(network(), *batches, replace(settings, epochs=2), device=device, state=state)
+    other = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    with pytest.raises(UsageError, match="left by the training of another network"):
+        finetune(other, *batches, settings, device=device, state=state)
+
+
+def test_outputs_of_auxiliary_classifiers_do_not_count() -> None:
+    logits = torch.randn(2, 3)
+    assert Classification().logits((logits, torch.randn(2, 3))) is logits is Classification().logits(logits)
 
 
 def test_a_penalty_of_zero_is_refused(batches, device) -> None:

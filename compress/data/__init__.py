@@ -2,7 +2,7 @@
 
 from compress.data.batches import Loader, loader, statistics
 from compress.data.read import MEMORY_LIMIT, load
-from compress.data.split import Augment, Data, MemorySplit, Split, StreamSplit
+from compress.data.split import Augment, Data, MemorySplit, Split, StreamSplit, named_as
 from compress.data.unlabelled import is_unlabelled, unlabelled
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "is_unlabelled",
     "load",
     "loader",
+    "named_as",
     "statistics",
     "unlabelled",
 ]

@@ -11,7 +11,10 @@ from compress.data.masks import Pairs
 from compress.data.split import Encoded, Indices
 
 # The names that splits go by in the wild, and ours.
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+SPLIT_NAMES = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ MEMORY_LIMIT = 2 * 2**30
 def load(
     source: str,
     *,
-    image_size: int | None,
+    image_size: int | tuple[int, int] | None,
     num_classes: int | None = None,
     channels: int = 3,
     val_share: float = 0.1,
@@ -35,23 +35,24 @@ def load(
 ) -> Data:
     """Read a data set and divide it into train, val and test.
 
-    `image_size`: pixels of the square images, None = as they are. `num_classes`: outputs of the network, to check the
-    labels against. `val_share`: of train, per class, where the source has no validation split of its own (10 %, the
-    5,000 of 50,000 that He et al., arXiv:1512.03385, hold out of CIFAR-10). `max_unreadable`: share of a split. Above
-    `memory_limit` bytes of decoded pixels the images are decoded again in every epoch.
+    `image_size`: pixels a side, or height and width, None = as they are. `num_classes`: outputs of the network, to
+    check the labels against. `val_share`: of train, per class, where the source has no validation split of its own
+    (10 %, the 5,000 of 50,000 that He et al., arXiv:1512.03385, hold out of CIFAR-10). `max_unreadable`: share of a
+    split. Above `memory_limit` bytes of decoded pixels the images are decoded again in every epoch.
     Raises DataError.
     """
-    _check_arguments(image_size=image_size, channels=channels, val_share=val_share, max_unreadable=max_unreadable)
-    opened = open_source(source, image_size)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    _check_arguments(size=size, channels=channels, val_share=val_share, max_unreadable=max_unreadable)
+    opened = open_source(source, size[0] if size else None)
     if opened.pairs:
         first = next(iter(opened.pairs.values()))
-        shape = (channels, image_size, image_size) if image_size else shape_of(first, channels)
-        masked, labels = _read_pairs(opened.pairs, source, shape, is_exact=image_size is None, num_classes=num_classes)
+        shape = (channels, *size) if size else shape_of(first, channels)
+        masked, labels = _read_pairs(opened.pairs, source, shape, is_exact=size is None, num_classes=num_classes)
         train, val, test, lines = _divide(masked, ("with masks",), source, share=val_share, seed=seed)
         return Data(source, labels, train, val, test, _fingerprint(masked), (*remarks(opened.pairs), *lines))
     _check_labels(opened, source, num_classes)
-    shape = _shape(opened, image_size, channels)
-    is_exact = image_size is None
+    shape = _shape(opened, size, channels)
+    is_exact = size is None
     is_streamed = _is_streamed(opened, shape, source, memory_limit=memory_limit, is_exact=is_exact)
     notes = [*opened.notes, *_remarks(opened.labels, num_classes=num_classes, is_streamed=is_streamed)]
     augment: Augment = "flip-crop" if may_flip(opened.labels) else "crop"
@@ -97,9 +98,9 @@ def may_flip(labels: Sequence[str]) -> bool:
     return not all(len(label) == 1 or label.isdigit() for label in labels)
 
 
-def _check_arguments(*, image_size: int | None, channels: int, val_share: float, max_unreadable: float) -> None:
-    if image_size is not None and image_size < 1:
-        raise DataError(f"image size is {image_size}; allowed is 1 pixel and more, or none for the images' own")
+def _check_arguments(*, size: tuple[int, int] | None, channels: int, val_share: float, max_unreadable: float) -> None:
+    if size is not None and min(size) < 1:
+        raise DataError(f"image size is {min(size)}; allowed is 1 pixel and more, or none for the images' own")
     if channels < 1:
         raise DataError(f"channels is {channels}; allowed are 1 for grey, 3 for colour, or what the arrays hold")
     if not 0 < val_share < 1:
@@ -137,9 +138,9 @@ def _check_classes(splits: Mapping[str, Split], labels: Sequence[str], source: s
             )
 
 
-def _shape(opened: Source, image_size: int | None, channels: int) -> Shape:
-    if image_size is not None:
-        return channels, image_size, image_size
+def _shape(opened: Source, size: tuple[int, int] | None, channels: int) -> Shape:
+    if size is not None:
+        return channels, *size
     images = next(iter(opened.parts.values())).images
     if isinstance(images, Tensor):
         return channels, images.shape[2], images.shape[3]

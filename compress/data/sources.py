@@ -96,11 +96,15 @@ class FileImages:
 def _open_folder(path: Path) -> Source:
     if any(itertools.chain(path.glob("*.parquet"), path.glob("*/*.parquet"))):
         return open_parquet(path)
-    splits = {
-        SPLIT_NAMES[entry.name]: entry
-        for entry in sorted(path.iterdir())
-        if entry.is_dir() and entry.name in SPLIT_NAMES
-    }
+    splits: dict[str, Path] = {}
+    for entry in sorted(path.iterdir()):
+        if entry.is_dir() and entry.name in SPLIT_NAMES:
+            before = splits.setdefault(SPLIT_NAMES[entry.name], entry)
+            if before != entry:
+                raise DataError(
+                    f"folder '{path}' holds {before.name}/ and {entry.name}/, which are the same split; allowed is one "
+                    "folder for each; merge or remove one"
+                )
     if not splits:
         raise DataError(
             f"folder '{path}' holds neither train/, val/ nor test/ nor Parquet files; allowed are those; "
@@ -147,7 +151,13 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def open_function(source: str, where: str, function: str) -> Source:
     """What a user's function returns: a DatasetDict, or {"train": (images, labels), ...} with an optional "labels"."""
-    splits = _import_function(source, where, function)()
+    made = _import_function(source, where, function)
+    try:
+        splits = made()
+    except DataError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise DataError(f"'{source}' failed: {type(error).__name__}: {error}; correct the function") from error
     if not isinstance(splits, Mapping):
         raise DataError(f"'{source}' returned {type(splits).__name__}; allowed are a DatasetDict or a dict of splits")
     if splits and all(hasattr(table, "features") for table in splits.values()):
@@ -193,24 +203,28 @@ def _import_function(source: str, where: str, function: str) -> Any:
     if is_file and not file.is_file():
         raise DataError(f"data '{source}' does not exist: no file '{where}'; check the path")
     with _on_path(file.resolve().parent if is_file else Path.cwd()):
-        if is_file:
-            spec = importlib.util.spec_from_file_location(f"_data_of_{file.stem}", file)
-            assert spec is not None and spec.loader is not None, file
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            try:
-                module = importlib.import_module(where)
-            except ImportError as error:
-                raise DataError(
-                    f"data '{source}' cannot be imported: {error}; allowed are: {ALLOWED}; install it or run beside it"
-                ) from error
+        try:
+            module = _run_file(file) if is_file else importlib.import_module(where)
+        except (Exception, SystemExit) as error:
+            text = f"{error}" if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+            raise DataError(
+                f"data '{source}' cannot be imported: {text}; allowed are: {ALLOWED}; install it or run beside it"
+            ) from error
     found = getattr(module, function, None)
     if not callable(found):
         raise DataError(
             f"'{where}' has no function '{function}'; allowed is a function that returns the splits; check the name"
         )
     return found
+
+
+def _run_file(file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"_data_of_{file.stem}", file)
+    assert spec is not None and spec.loader is not None, file
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextlib.contextmanager

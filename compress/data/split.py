@@ -92,6 +92,18 @@ class Data:
     notes: tuple[str, ...]
 
 
+def named_as(data: Data, labels: Sequence[str]) -> Data:
+    """The classes numbered as in `labels`, where all their names are found there; else the data as they are."""
+    known = {label: index for index, label in enumerate(labels)}
+    is_known = len(known) == len(labels) and known.keys() >= {*data.labels}
+    if data.labels == tuple(labels) or data.val.has_masks or not is_known:
+        return data
+    number = torch.tensor([known[label] for label in data.labels])
+    train, val = (replace(split, targets=number[split.targets]) for split in (data.train, data.val))
+    test = None if data.test is None else replace(data.test, targets=number[data.test.targets])
+    return replace(data, labels=tuple(labels), train=train, val=val, test=test)
+
+
 def hold_out(targets: Indices, *, share: float, seed: int, labels: Sequence[str]) -> tuple[Indices, Indices]:
     """Split positions into (rest, held out), class by class: round(share * n) of every class, at least 1 on each side.
 

@@ -54,10 +54,17 @@ def open_parquet(path: Path) -> Source:
     """
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     splits: dict[str, list[str]] = {}
+    nameless = []
     for file in files:
         words = [] if path.is_file() else re.split(r"[^a-z]+", file.relative_to(path).as_posix().lower())
         found = [SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES]
+        nameless += [] if found else [file.name]
         splits.setdefault(found[0] if found else "train", []).append(str(file))
+    if 0 < len(nameless) < len(files):
+        raise DataError(
+            f"'{nameless[0]}' in '{path}' names no split and other files do; allowed are train, val(idation) and test "
+            "as words in the names of all, or of none, which are then train; rename or move it"
+        )
     return read_tables(_load_dataset(str(path), "parquet", data_files=splits), str(path))
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -205,7 +206,7 @@ class Run:
     def _settle_metrics(self, phase: str, outcome: Outcome) -> None:
         """Every epoch of a finished phase once: a kill may have lost the line of one, or let it be written twice."""
         path = self.folder.path / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = _whole(path.read_text().splitlines()) if path.exists() else []
         lines = [line for line in lines if line["phase"] != phase]
         lines += [{"phase": phase, **epoch} for epoch in outcome.history]
         atomic_write(path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -236,11 +237,15 @@ def open_run(
         val_share=part.val_share,
         seed=recipe.seed,
         max_unreadable=part.max_unreadable,
+        channels=inputs.channels_of(model, info),
     )
     check_data(task, loaded)
     _check_same(loaded)
+    _check_unchanged(folder, loaded)
     for note in loaded.notes:
         emit(Event("load", note))
+    if info.labels and info.labels != loaded.labels:
+        emit(Event("load", "the classes of the data are not named as those of the network: taken in their order"))
 
     def settle() -> dict[str, Any]:
         if folder.has("state/info.json"):
@@ -252,6 +257,7 @@ def open_run(
         folder.write("env.json", {**describe(), "seed": recipe.seed, "source_sha256": source_sha256})
         checkpoint.save(folder.path / "state" / "dense.safetensors", model, completed)
         kept = completed.model_dump(mode="json")
+        folder.write("state/data.json", {"fingerprint": loaded.fingerprint})
         folder.write("state/info.json", kept)
         return kept
 
@@ -270,6 +276,25 @@ def _check_same(loaded: Data) -> None:
     is_other = loaded.fingerprint != ranks.first(lambda: loaded.fingerprint)
     if ranks.summed(torch.tensor(float(is_other))) > 0:
         raise DataError(f"the processes find different images in {loaded.name}; give every machine the same data")
+
+
+def _check_unchanged(folder: RunFolder, loaded: Data) -> None:
+    """A run goes on with the images that it was begun with, or it would be no run of either."""
+
+    def begun() -> str:
+        return str(folder.read("state/data.json")["fingerprint"]) if folder.has("state/data.json") else ""
+
+    if (before := ranks.first(begun)) and before != loaded.fingerprint:
+        raise DataError(f"{loaded.name} holds other images than when the run was begun; bring them back, or begin anew")
+
+
+def _whole(lines: Sequence[str]) -> list[dict[str, Any]]:
+    """The lines of a journal but for one that a kill or a full disk broke off."""
+    found = []
+    for line in lines:
+        with suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
 def _check_bench(recipe: Recipe) -> None:

@@ -65,7 +65,7 @@ def prepare(run: Run) -> dict[str, Any]:
         run.write("sensitivity.json", read(Path(run.recipe.prune.sensitivity)).model_dump(mode="json"))
     if not zeros.is_fine(run.recipe):
         _check_reach(run, groups, timing.priced(run, costs, dense_ms or 0.0, groups), keep)
-    accuracy, loss = run.evaluate(run.dense)
+    accuracy, loss = run.evaluate(copy.deepcopy(run.dense))  # the dense network stays where it is
     loader = run.loader(run.data.train, train=True)
     sparse, recover = epochs(run.recipe, len(loader))
     counted = {metric: costs.total(metric) for metric in cost.METRICS} | ({"latency": dense_ms} if dense_ms else {})

@@ -218,6 +218,7 @@ class _Phase:
             "optimizer": self.optimizer.state_dict(),
             "regularizers": [r.state_dict() for r in self.regularizers],
             "kinds": [type(r).__name__ for r in self.regularizers],
+            "begun": self._begun(),
             "outcome": vars(outcome),
             "best": best,
         }
@@ -234,13 +235,25 @@ class _Phase:
         if content.get("kinds", kinds) != kinds:
             begun, asked = (", ".join(names) or "no regulariser" for names in (content["kinds"], kinds))
             raise UsageError(f"the state was left by a training with {begun}, not {asked}; begin anew or name the same")
-        self.model.load_state_dict(content["model"])
+        for name, value in self._begun().items():
+            if content.get("begun", {}).get(name, value) != value:
+                before = content["begun"][name]
+                raise UsageError(f"the state was left by a training with {name} = {before}, not {value}; begin anew")
+        try:
+            self.model.load_state_dict(content["model"])
+        except RuntimeError as error:
+            raise UsageError("the state was left by the training of another network; begin anew") from error
         self.optimizer.load_state_dict(content["optimizer"])
         for regularizer, of_it in zip(self.regularizers, content["regularizers"], strict=True):
             regularizer.load_state_dict(of_it)
         self.best = content["best"]
         log.info("resumed at epoch %d of %d", content["epoch"], self.settings.epochs)
         return Outcome(**content["outcome"]), int(content["epoch"])
+
+    def _begun(self) -> dict[str, float]:
+        """What the epochs done and those to come must have in common."""
+        kept = ("epochs", "lr", "momentum", "weight_decay", "warmup", "label_smoothing", "distill", "temperature")
+        return {name: getattr(self.settings, name) for name in (*kept, "seed")} | {"steps of an epoch": self.steps}
 
     def close(self) -> None:
         """Leave a plain module behind, without the wrapper of several processes."""
