@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,23 @@ def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert document["plan"]["reached"] <= 0.5
     assert "linear" in document["frozen"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_goes_on_with_its_own_images_alone_and_past_half_a_line(
+    pruned_run: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(pruned_run[0], tmp_path / "r"))
+    (folder / "state" / "report.json").unlink()
+    (folder / "state" / "recover.json").unlink()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "rec')
+    assert answer("resume", folder)["pruned"]["top1"] == json.loads(pruned_run[1].stdout)["pruned"]["top1"]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["phase"] in ("round-1", "recover") for line in lines)
+    (folder / "state" / "report.json").unlink()
+    (folder / "state" / "data.json").write_text('{"fingerprint": "another"}')
+    code, text = refusal("resume", folder)
+    assert code == 3 and "digits holds other images than when the run was begun; bring them back" in text
 
 
 def test_a_share_asked_for_stands_above_the_milliseconds_of_a_recipe(tmp_path: Path) -> None:
