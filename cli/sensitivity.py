@@ -31,6 +31,7 @@ class Images:
     data: str
     split: str | None = None  # None: no labels
     remark: str = ""
+    task: Task | None = None  # what those with labels are judged by
 
 
 def sensitivity(
@@ -75,18 +76,16 @@ def sensitivity(
     network, info, source = load.network(model, arch, architectures.parse_arch_args(arch_arg or []))
     info = info.model_copy(update={"input_size": image_shape(network, info, input_size)})
     with view.working("loading the images"):
-        taken = _without_labels(info, data, images, seed or 0)
-        judged_by = None if taken else user_code.task(task, info.task)
-        if judged_by is not None:
-            taken = _labelled(network, info, data, images, seed or 0, judged_by)
-    assert taken is not None
+        taken = _without_labels(info, data, images, seed or 0) or _labelled(
+            network, info, data, images, seed or 0, user_code.task(task, info.task)
+        )
     network = network.to(train.accelerator(device or "auto", "fp32").device)
     with view.counting("tracing, then cutting group by group") as show:
         found = measure(
             network,
             taken.judged,
             calibration=taken.calibration,
-            task=judged_by or CLASSIFICATION,
+            task=taken.task or CLASSIFICATION,
             score=score,
             widths=shares,
             on_progress=show,
@@ -153,7 +152,7 @@ def _labelled(network: nn.Module, info: ModelInfo, source: str | None, count: in
     info = complete(info, loaded)
     val = _batches(info, loaded.val, count, seed)
     calibration = _batches(info, loaded.train, count, seed) if len(loaded.train) else val
-    return Images(val, calibration, loaded.name, "val")
+    return Images(val, calibration, loaded.name, "val", task=task)
 
 
 def _batches(info: ModelInfo, split: Split, count: int, seed: int) -> list[tuple[Tensor, Tensor | None]]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from torch import nn
 
 from compress.errors import LoadError
 from compress.task import Task, check, ours
+from compress.user_file import run_file
 
 # Arguments of the libraries that bring weights of their own, fetch and open files, or run code.
 RESERVED = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "weights",
@@ -63,7 +62,7 @@ def function(name: str, option: str = "--arch") -> Callable[..., Any]:
     """
     place, _, attribute = name.rpartition(":")
     try:
-        module = _file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        module = run_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except (Exception, SystemExit) as error:
         raise LoadError(f"{option} {name}: {place} cannot be imported: {line(error)}") from error
     try:
@@ -76,18 +75,6 @@ def function(name: str, option: str = "--arch") -> Callable[..., Any]:
         what = "network" if option == "--arch" else "task"
         raise LoadError(f"{option} {name}: {attribute} is a {kind}: name a function that builds the {what}")
     return builder  # type: ignore[no-any-return]
-
-
-def _file(path: Path) -> Any:
-    unique = f"compress_arch_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    specification = importlib.util.spec_from_file_location(unique, path)
-    assert specification is not None and specification.loader is not None, path
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[unique] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
 
 
 def line(error: BaseException) -> str:

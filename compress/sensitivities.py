@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -163,16 +164,12 @@ def _held(model: nn.Module, batches: Batches, task: Task) -> Held:
     for batch in batches:
         given, targets = task.unpack(batch) if batch[1] is not None else batch
         given = fitting(given, model)
-        held.append((given, torch.utils._pytree.tree_map_only(Tensor, _to(given[0].device), targets)))
+        held.append((given, torch.utils._pytree.tree_map_only(Tensor, methodcaller("to", given[0].device), targets)))
     if not held:
         raise UsageError("sensitivity needs images, and there was no batch in what it was given")
     if len({targets is None for _, targets in held}) > 1:
         raise UsageError("some batches have labels and others none; give them to all or to none")
     return held
-
-
-def _to(device: torch.device) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor.to(device)
 
 
 def _orders(model: nn.Module, groups: Sequence[Group], score: str, held: Held, task: Task) -> dict[str, list[int]]:
@@ -229,9 +226,5 @@ def _judge(model: nn.Module, held: Held, dense: Sequence[Tensor], task: Task, na
             loss, total = loss + float(task.loss(logits, targets)) * count, total + count
     if not (size > 0 and math.isfinite(size) and math.isfinite(change)):
         raise PruneError(f"{name}: the outputs are all 0 or not finite, and say nothing; give other images")
-    distortion = math.sqrt(change / size)
-    return (
-        Outcome(value=task.value(counts), loss=loss / total, distortion=distortion)
-        if total
-        else Outcome(distortion=distortion)
-    )
+    judged = {"value": task.value(counts), "loss": loss / total} if total else {}
+    return Outcome(distortion=math.sqrt(change / size), **judged)

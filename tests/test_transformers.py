@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from compress.errors import UsageError
 from compress.groups import trace
-from compress.groups.parts import readers
+from compress.groups.parts import layers as layers_of
 from compress.groups.twin import lively as awake
 from compress.pipeline.rounds import _attach
 from compress.recipe import make
@@ -84,7 +84,7 @@ def test_tables_of_positions_read_no_channels() -> None:
         read.append(inputs[0].abs().double().flatten(0, -2).mean(0))
 
     layers = [*(m for b in model.blocks for m in (b.qkv, b.fc1)), model.head]
-    assert {id(module) for module, *_ in readers(model, trunk)} == {id(layer) for layer in layers}
+    assert {id(module) for module, *_ in layers_of(model, trunk, "in")} == {id(layer) for layer in layers}
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     model.eval()(X)
     for hook in hooks:
@@ -193,7 +193,7 @@ def test_a_grouped_convolution_reads_each_channel_in_every_part() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 2, 1))
     group = next(g for g in trace(model, X[:1]) if g.name == "0")
     assert group.size == 4  # a channel leaves from each part
-    ((_, _, places),) = readers(model, group)
+    ((_, _, places),) = layers_of(model, group, "in")
     assert places[:, :, 0].tolist() == [[c, 4 + c] for c in range(4)]
     with torch.no_grad():
         own = model[1](model[0](X)).double().mean((0, 2, 3)).view(2, 4).sum(0)

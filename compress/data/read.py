@@ -32,6 +32,7 @@ def load(
     seed: int = 0,
     max_unreadable: float = 0.01,
     memory_limit: int = MEMORY_LIMIT,
+    may_run: bool = True,
 ) -> Data:
     """Read a data set and divide it into train, val and test.
 
@@ -39,11 +40,12 @@ def load(
     check the labels against. `val_share`: of train, per class, where the source has no validation split of its own
     (10 %, the 5,000 of 50,000 that He et al., arXiv:1512.03385, hold out of CIFAR-10). `max_unreadable`: share of a
     split. Above `memory_limit` bytes of decoded pixels the images are decoded again in every epoch.
+    `may_run`: whether `source` may name a function; where a file names the data set it may not.
     Raises DataError.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     _check_arguments(size=size, channels=channels, val_share=val_share, max_unreadable=max_unreadable)
-    opened = open_source(source, size[0] if size else None)
+    opened = open_source(source, size[0] if size else None, may_run=may_run)
     if opened.pairs:
         first = next(iter(opened.pairs.values()))
         shape = (channels, *size) if size else shape_of(first, channels)

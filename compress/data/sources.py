@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import itertools
 import os
 import sys
@@ -23,6 +22,7 @@ from compress.data.parts import SPLIT_NAMES, Part, Source
 from compress.data.split import hold_out
 from compress.data.tables import open_hub, open_parquet, read_tables
 from compress.errors import DataError
+from compress.user_file import run_file
 
 ALLOWED = (
     "digits, a folder with train/, val/ or test/ of one folder per class, a Parquet file or folder, hf:NAME, "
@@ -30,7 +30,7 @@ ALLOWED = (
 )
 
 
-def open_source(source: str, image_size: int | None) -> Source:
+def open_source(source: str, image_size: int | None, *, may_run: bool = True) -> Source:
     """Find out what `source` means and read its labels; `image_size` only matters to digits."""
     path = Path(source)
     where, _, function = source.rpartition(":")
@@ -43,6 +43,8 @@ def open_source(source: str, image_size: int | None) -> Source:
     if path.is_dir():
         return _open_folder(path)
     if function.isidentifier() and (where.endswith(".py") or all(word.isidentifier() for word in where.split("."))):
+        if not may_run:
+            raise DataError(f"the file names the code {source!r} as its data set: if you trust it, say --data {source}")
         return open_function(source, where, function)
     if path.exists():
         raise DataError(f"data '{source}' is a file of an unknown kind; allowed are: {ALLOWED}")
@@ -204,7 +206,7 @@ def _import_function(source: str, where: str, function: str) -> Any:
         raise DataError(f"data '{source}' does not exist: no file '{where}'; check the path")
     with _on_path(file.resolve().parent if is_file else Path.cwd()):
         try:
-            module = _run_file(file) if is_file else importlib.import_module(where)
+            module = run_file(file) if is_file else importlib.import_module(where)
         except (Exception, SystemExit) as error:
             text = f"{error}" if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
             raise DataError(
@@ -216,15 +218,6 @@ def _import_function(source: str, where: str, function: str) -> Any:
             f"'{where}' has no function '{function}'; allowed is a function that returns the splits; check the name"
         )
     return found
-
-
-def _run_file(file: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"_data_of_{file.stem}", file)
-    assert spec is not None and spec.loader is not None, file
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @contextlib.contextmanager

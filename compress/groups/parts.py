@@ -38,32 +38,21 @@ def weights(
             yield part, tensor
 
 
-def readers(model: nn.Module, group: Group) -> Iterator[tuple[nn.Module, Slice, Tensor]]:
-    """The convolutions and linear layers that read a group's channels, where, and which of their inputs are whose.
+def layers(model: nn.Module, group: Group, side: Side) -> Iterator[tuple[nn.Module, Slice, Tensor]]:
+    """The convolutions and linear layers that make ("out") or read ("in") a group's channels, and which are whose.
 
-    The inputs are positions (size, parts, block): a convolution that keeps its groups while each of them loses as many
-    channels has one slice for all, so that a channel is one input in each part.
+    The outputs, or inputs, are positions (size, parts, block): a convolution that keeps its groups while each of them
+    loses as many channels has one slice for all, so that a channel is one input in each part.
     """
-    for part, tensor in weights(model, group, ("in",), held=True):
+    for part, tensor in weights(model, group, (side,), held=True):
         module, leaf = owner(model, part.name)
         if leaf != "weight" or not isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
             continue  # a table of positions, say, to which the channels are added
         own = part.offset + torch.arange(group.size * part.block).view(group.size, 1, part.block)
         shifts = torch.zeros(1, dtype=torch.int64)
-        if isinstance(module, nn.modules.conv._ConvNd) and part.dim == 1:
+        if side == "in" and isinstance(module, nn.modules.conv._ConvNd) and part.dim == 1:
             shifts = torch.arange(module.groups) * tensor.shape[1]
         yield module, part, own + shifts.view(1, -1, 1)
-
-
-def makers(model: nn.Module, group: Group) -> Iterator[tuple[nn.Module, Slice, Tensor]]:
-    """The convolutions and linear layers that make a group's channels, and which of their outputs are whose.
-
-    The outputs are positions (size, 1, block).
-    """
-    for part, _ in weights(model, group, held=True):
-        module, leaf = owner(model, part.name)
-        if leaf == "weight" and isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
-            yield module, part, part.offset + torch.arange(group.size * part.block).view(group.size, 1, part.block)
 
 
 def side(module: nn.Module, part: Slice) -> Side:

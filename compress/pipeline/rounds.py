@@ -228,8 +228,8 @@ def _scores(run: Run, model: nn.Module, groups: Sequence[Group], regularizers: S
 
     def score() -> Scores:
         # a loader of its own: its order depends on the seed alone, so that a resumed run scores the same images
-        loader = islice(run.loader(run.data.train, train=True), SCORE_BATCHES) if name in DATA_DRIVEN else None
-        batches = map(run.task.unpack, loader) if loader is not None else None
+        loader = run.loader(run.data.train, train=True) if name in DATA_DRIVEN else ()
+        batches = map(run.task.unpack, islice(loader, SCORE_BATCHES))
         if name == "random":
             return SCORES[name](model, groups, seed=run.recipe.seed)  # type: ignore[call-arg]
         if name in LOSS_DRIVEN:

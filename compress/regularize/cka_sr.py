@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from compress import ranks
 from compress.errors import UsageError
 from compress.groups import Group, Slice
-from compress.groups.parts import readers
+from compress.groups.parts import layers
 from compress.regularize.cka import LEAST, centred, channel_grams, cka, gram, leave_one_out
 from compress.regularize.features import feature_modules, first_tensor, head
 
@@ -73,7 +73,7 @@ class CkaSr:
         self._groups = tuple(groups)
         self._readers = {}
         for group in groups:
-            for reader, part, places in readers(model, group) if group.frozen is None else ():
+            for reader, part, places in layers(model, group, "in") if group.frozen is None else ():
                 self._readers.setdefault(reader, []).append((group, part, places))
         self._handles = [model.register_forward_pre_hook(lambda module, inputs: self._seen.clear())]
         self._handles += [module.register_forward_pre_hook(self._read) for module in self._readers]

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from compress import ranks
 from compress.groups import Group
-from compress.groups.parts import norm_behind, readers
+from compress.groups.parts import layers, norm_behind
 
 MEMORY = 10  # looks over which the score is averaged (ours), as for CKA-SR
 ELEMENTS = 2**24  # of a product that is held at once: 64 MB
@@ -37,7 +37,7 @@ class Flow:
         self._norms: dict[nn.Module, Norm] = {}
         behind = norm_behind(model)
         for group in (group for group in groups if group.frozen is None):
-            for reader, part, places in readers(model, group):
+            for reader, part, places in layers(model, group, "in"):
                 path = part.name.rpartition(".")[0]
                 if isinstance(reader, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
                     self._readers.setdefault(reader, []).append((group, places))
@@ -116,7 +116,7 @@ def contribution(values: Tensor, reader: nn.Module, *, places: Tensor, norm: Nor
 
     Args:
         values: what the layer reads, (N, C, ...) for a convolution, (..., C) for a linear layer.
-        places: (size, parts, block), which of the layer's inputs are each channel's; see `groups.parts.readers`.
+        places: (size, parts, block), which of the layer's inputs are each channel's; see `groups.parts.layers`.
         norm: the batch norm behind the layer, taken with its running variance.
     """
     weight = reader.weight

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from compress.errors import UsageError
 from compress.example import like
 from compress.groups import Group, Slice
-from compress.groups.parts import layer_mean, makers, readers, rows, weights
+from compress.groups.parts import layer_mean, layers, rows, weights
 from compress.scores.layers import Batches, Scores
 
 Loss = Callable[[Any, Any], Tensor]  # the network's output, the targets -> (), the mean over the images
@@ -97,8 +97,8 @@ def activation(model: nn.Module, groups: Sequence[Group], batches: Batches | Non
 
     handles = []
     for group in groups:
-        at = list(readers(model, group))
-        for module, part, places in at or makers(model, group):
+        at = list(layers(model, group, "in"))
+        for module, part, places in at or layers(model, group, "out"):
             handles.append(watch(module, group, part, places, is_read=bool(at)))
     try:
         with _evaluating(model), torch.no_grad():
