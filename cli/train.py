@@ -12,6 +12,7 @@ from compress.cli import options, view
 if TYPE_CHECKING:
     from torch import nn
 
+    from compress.checkpoint import ModelInfo
     from compress.fit import Fitted
 
 Text = Optional[str]  # noqa: UP045  typer reads annotations at run time
@@ -66,15 +67,13 @@ def train(
 ) -> None:
     """Train a network on a data set and save it with everything that later commands need to know."""
     view.set_up(quiet=quiet, verbose=verbose)
-    import torch
-
     from compress import checkpoint, ranks
-    from compress.checkpoint import ModelInfo
     from compress.cli import arch as architectures
-    from compress.cli import load, user_code
+    from compress.cli import user_code
     from compress.data import load as load_data
     from compress.errors import UsageError
     from compress.fit import fit
+    from compress.inputs import channels_of
     from compress.pipeline import Event
     from compress.recipe import PrunePart
     from compress.report.words import metric_words
@@ -90,15 +89,10 @@ def train(
     given = _regularizers([*([method] if method else []), *(regularize or [])], density, set_ or [])
     arch_args = architectures.parse_arch_args(arch_arg or [])
     wanted = user_code.task(task) if task else None  # before the data, which takes longer
-    loaded = load_data(data, image_size=image_size, val_share=val_share, seed=seed)
-    if init is not None:
-        model, info, _ = load.network(init, arch, arch_args)
-    else:
-        torch.manual_seed(seed)
-        defaults = {"num_classes": len(loaded.labels)} if architectures.takes(arch, "num_classes") else {}
-        built = architectures.resolve(arch, {**defaults, **arch_args}, None)
-        model = built.model
-        info = ModelInfo(arch=built.name, arch_kwargs=built.kwargs, mean=built.mean, std=built.std)
+    model, info = _network(arch, arch_args, init, seed)  # whose images have as many channels, whatever the classes
+    loaded = load_data(data, image_size=image_size, channels=channels_of(model, info), val_share=val_share, seed=seed)
+    if init is None:
+        model, info = _network(arch, arch_args, None, seed, classes=len(loaded.labels))
     wanted = wanted or user_code.task(None, info.task)
     settings = Settings(
         task=wanted, epochs=epochs, lr=lr, label_smoothing=label_smoothing, keep_best=True, seed=seed,
@@ -132,6 +126,25 @@ def train(
     if as_json:
         best = {"split": fitted.split, "val_top1": fitted.outcome.best_top1}
         view.document({"out": str(out), "task": wanted.name, **reported(wanted, fitted.top1), **best, **sparse})
+
+
+def _network(
+    arch: str, arch_args: dict[str, Any], init: Path | None, seed: int, classes: int = 2
+) -> tuple[nn.Module, ModelInfo]:
+    """The network to train: from the checkpoint `init`, else with weights drawn by the seed, for so many classes."""
+    import torch
+
+    from compress.checkpoint import ModelInfo
+    from compress.cli import arch as architectures
+    from compress.cli import load
+
+    if init is not None:
+        model, info, _ = load.network(init, arch, arch_args)
+        return model, info
+    torch.manual_seed(seed)
+    own = {"num_classes": classes} if architectures.takes(arch, "num_classes") else {}
+    built = architectures.resolve(arch, {**own, **arch_args}, None)
+    return built.model, ModelInfo(arch=built.name, arch_kwargs=built.kwargs, mean=built.mean, std=built.std)
 
 
 def _regularizers(names: list[str], density: float | None, overrides: list[str]) -> dict[str, dict[str, Any]]:

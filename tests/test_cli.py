@@ -16,6 +16,7 @@ from typing import Any
 import onnx
 import pytest
 
+from compress import checkpoint
 from compress.cli.app import COMMANDS
 from tests.browser import visit
 from tests.shell import MODEL, answer, call, copy, refusal
@@ -237,6 +238,17 @@ def test_report_is_written_again_where_the_folder_is_now(pruned_run: tuple[Path,
     assert document["onnx"] == str(moved / "model.onnx")
     assert json.loads((moved / "report.json").read_text()) == document
     assert (moved / "report.html").is_file() and (moved / "README.md").is_file()
+
+
+def test_train_reads_images_with_the_channels_of_the_network(tmp_path: Path) -> None:
+    out = tmp_path / "grey.safetensors"
+    grey = ("--arch", "resnet20", "--arch-arg", "in_channels=1", "--data", "digits", "--image-size", 8)
+    trained = answer("train", *grey, "--epochs", 1, "--device", "cpu", "--out", out)
+    info = checkpoint.read(out).info
+    assert info.input_size == (1, 8, 8) and info.arch_kwargs == {"num_classes": 10, "in_channels": 1}
+    assert answer("eval", out, "--device", "cpu")["top1"] == pytest.approx(trained["top1"], abs=0.6)  # two images
+    onwards = answer("train", *grey, "--init", out, "--epochs", 1, "--device", "cpu", "--out", tmp_path / "again.pt")
+    assert onwards["top1"] > trained["top1"]
 
 
 def test_methods_are_those_of_the_tables() -> None:
