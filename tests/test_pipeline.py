@@ -19,6 +19,7 @@ from compress.errors import RunFolderError, TargetError, UsageError
 from compress.folder import RunFolder
 from compress.pipeline import epochs, run
 from compress.recipe import make
+from tests.shell import MODEL, answer
 
 ARGUMENTS = [
     "--method",
@@ -301,3 +302,11 @@ class TestRecipe:
     def test_refusals(self, values, overrides, text: str) -> None:
         with pytest.raises(UsageError, match=text):
             make(values, overrides)
+
+
+@pytest.mark.usefixtures("in_the_repository")
+def test_the_dense_control_keeps_every_channel_whatever_is_counted(tmp_path: Path) -> None:
+    """--target 1 by file size: the margin that such a target leaves for the graph's own bytes must not cut."""
+    options = ("--method", "l2", "--target", 1, "--metric", "size", "--epochs", 1, "--set", "data.image_size=8")
+    document = answer("prune", MODEL, *options, "--set", "bench.batches=[1]", "--out", tmp_path / "run")
+    assert document["dense"]["params"] == document["pruned"]["params"] > 0
