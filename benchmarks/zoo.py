@@ -133,7 +133,10 @@ def _taken(began: float, busy: float) -> dict[str, float]:
 
 
 def _scale(model: Any, example: Any) -> None:
-    """Scale each layer's weights so that its output spreads by 1 (LSUV, Mishkin and Matas 2015, one pass)."""
+    """Scale each layer's weights so that its output spreads by 1 (LSUV, Mishkin and Matas 2015, one pass).
+
+    Weights of nothing but zeros, as some heads begin with, are drawn first.
+    """
     import torch
 
     def hook(layer: Any, inputs: Any, output: Any) -> Any:
@@ -146,6 +149,9 @@ def _scale(model: Any, example: Any) -> None:
 
     kinds = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
     layers = [module for module in model.modules() if isinstance(module, kinds)]
+    for layer in layers:
+        if not layer.weight.any():
+            torch.nn.init.normal_(layer.weight)
     handles = [layer.register_forward_hook(hook) for layer in layers]
     with torch.no_grad():
         model(example)

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, JsonValue, ValidationError
 from torch import Tensor, nn
 
-from compress import foreign
+from compress import foreign, structure
 from compress.errors import LoadError
 from compress.files import atomic_write
 from compress.structure import Stand, integers, remove, removed, resize, set_integer
@@ -127,12 +127,13 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
         LoadError: missing or unexpected names, or other shapes than the model's.
     """
     remove(model, checkpoint.gone)
-    expected = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    expected = structure.tensors(model) if checkpoint.info.pruned else state  # a cut saves the buffers it has cut, too
     tensors = renamed(checkpoint.tensors, expected)
     common = [name for name in tensors if name in expected]
     other = [name for name in common if tensors[name].shape != expected[name].shape]
     if checkpoint.info.pruned:
-        missing = [name for name in expected if name not in tensors]
+        missing = [name for name in state if name not in tensors]
         unexpected = [name for name in tensors if name not in expected]
     else:
         fitting = {name: value for name, value in tensors.items() if name not in other}

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from compress.errors import PruneError, UsageError
 from compress.example import Example, arguments, fitting, shapes
 from compress.groups import Group
+from compress.structure import tensors
 
 Metric = Literal["params", "macs", "size", "latency"]
 # what can be counted; `latency` (milliseconds) has to be measured: compress.price
@@ -122,10 +123,10 @@ def matrices(model: nn.Module) -> dict[int, str]:
 
 
 def _once(model: nn.Module) -> dict[str, Tensor]:
-    """The state, every tensor under the first of its names: tied weights cost once."""
+    """Every tensor under the first of its names: tied weights cost once."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in tensors(model).items():
         if id(tensor) not in seen:
             found[name] = tensor
             seen.add(id(tensor))

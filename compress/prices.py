@@ -30,6 +30,7 @@ from compress.cost import Times, matrices, watch
 from compress.example import Example, arguments
 from compress.files import atomic_write
 from compress.groups import Group
+from compress.structure import tensors
 
 STEPS = 8  # multiples of the vector unit in a table, per axis; more only where a layer has no more than that
 FORMAT = 1  # of the files that tables are kept in
@@ -119,7 +120,7 @@ def price(
         to `dense_ms`.
     """
     called = uses(model, example, batch=on.batch)
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in tensors(model).items()}
     free = {(part.name, part.dim) for group in groups if group.frozen is None for part in group.slices}
     plans = {use: _plan(use, shapes[use.weight], free) for use in called}
     wanted = dict.fromkeys(layer for points in plans.values() for row in points.layers for layer in row)
@@ -234,7 +235,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[Use] = []
         self._names = matrices(model)
-        self._shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        self._shapes = {name: tuple(t.shape) for name, t in tensors(model).items()}
         self._images, self._batch = images, batch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -66,32 +66,43 @@ INTEGERS: dict[type[nn.Module], Callable[[nn.Module], None]] = {
 }
 
 
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor that a cut may change, by its name: the state, and behind it the float buffers that are not saved.
+
+    Such a buffer is what `register_buffer(..., persistent=False)` holds, as the keys' bias of zeros in timm's BEiT.
+    """
+    state = {name: held for name, held in model.state_dict(keep_vars=True).items() if isinstance(held, Tensor)}
+    buffers = model.named_buffers(remove_duplicate=False)
+    return state | {name: held for name, held in buffers if name not in state and held.is_floating_point()}
+
+
 def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds the tensor `name` (a key of `model.state_dict()`), and the tensor's attribute name."""
+    """The module that holds the tensor `name` (a key of `tensors(model)`), and the tensor's attribute name."""
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
 
 
-def resize(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put `tensors` in the place of the model's own, whatever their shapes, and set the module integers along.
+def resize(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put `values` in the place of the model's own, whatever their shapes, and set the module integers along.
 
     Args:
         model: changed in place; parameters stay parameters (with their `requires_grad`), buffers stay buffers, and a
-            parameter that several modules share stays shared.
-        tensors: keys of `model.state_dict()` -> the new values, taken over without a copy.
+            parameter that several modules share stays shared. A buffer that is not saved and takes another shape
+            is saved from then on: no network built anew has it in that shape.
+        values: keys of `tensors(model)` -> the new values, taken over without a copy.
 
     Raises:
         LoadError: a name the model does not have, or a tensor with another number of dimensions; nothing is changed.
     """
     holders = _holders(model)
-    for name, value in tensors.items():
+    for name, value in values.items():
         if name not in holders:
             raise LoadError(f"the network has no tensor {name!r}")
         module, leaf = owner(model, name)
         if (old := getattr(module, leaf)).dim() != value.dim():
             raise LoadError(f"{name} has {value.dim()} dimensions where the network has {old.dim()}")
     touched: dict[nn.Module, None] = {}
-    for name, value in tensors.items():
+    for name, value in values.items():
         for module, leaf in holders[name]:
             old = getattr(module, leaf)
             if old.shape != value.shape:
@@ -100,7 +111,7 @@ def resize(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         for module, leaf in holders[name]:
-            setattr(module, leaf, new)
+            _put(module, leaf, new)
     for module in touched:
         update = next((rule for kind, rule in INTEGERS.items() if isinstance(module, kind)), None)
         if update is not None:
@@ -202,13 +213,22 @@ def redraw(model: nn.Module, seed: int) -> None:
                 module.reset_parameters()
 
 
+def _put(module: nn.Module, leaf: str, new: Tensor) -> None:
+    """Set a tensor; a buffer of another shape than before becomes part of the state."""
+    if leaf in module._buffers and getattr(module, leaf).shape != new.shape:
+        delattr(module, leaf)
+        module.register_buffer(leaf, new)
+    else:
+        setattr(module, leaf, new)
+
+
 def _holders(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     """Every tensor's name -> all places it is held in: one, or more for a shared one."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
-    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    for name, value in state.items():
+    held = tensors(model)
+    for name, value in held.items():
         places.setdefault(id(value), []).append(owner(model, name))
-    return {name: places[id(value)] for name, value in state.items()}
+    return {name: places[id(value)] for name, value in held.items()}
 
 
 class Gone(nn.Module):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from compress import checkpoint
+from compress.cost import measure
 from compress.errors import PruneError
 from compress.groups import Count, Group, Slice, cut, prove, trace, zero
 from compress.models import ARCHS
@@ -95,6 +99,40 @@ def test_whole_groups_of_a_convolution_leave_or_as_many_channels_of_each() -> No
     assert groups["0"].size == 4 and groups["0"].counts == (Count("1", "groups"),)
     cut(many, tuple(groups.values()), {"0": [0, 2, 3]})
     assert many[1].groups == 3 and many[1].in_channels == 6 and many(EXAMPLE).shape == (2, 2, 14, 14)
+
+
+class Unsaved(nn.Module):
+    """Buffers that no state shows: a vector per channel, and timm's BlurPool2d, a fixed kernel per channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        self.register_buffer("shift", torch.arange(8.0) - 3, persistent=False)
+        self.register_buffer("blur", torch.full((8, 1, 3, 3), 1 / 9), persistent=False)
+        self.register_buffer("places", torch.ones(10, 10), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x) + self.shift.view(-1, 1, 1))
+        return self.last(F.conv2d(x, self.blur, groups=x.shape[1]) * self.places)
+
+
+def test_buffers_that_are_not_saved_are_cut_and_saved_from_then_on(tmp_path: Path) -> None:
+    dense, example = Unsaved(), torch.randn(2, 3, 14, 14)
+    groups = {g.name: g for g in trace(dense, example)}
+    assert groups["first"].frozen is None
+    assert {Slice("shift", 0), Slice("blur", 0)} < set(groups["first"].slices)
+    smaller, zeroed = copy.deepcopy(dense), copy.deepcopy(dense)
+    kept = {"first": [0, 1, 4, 6, 7]}
+    cut(smaller, groups.values(), kept)
+    zero(zeroed, groups.values(), kept)
+    assert torch.allclose(smaller(example), zeroed(example), atol=1e-6)
+    assert smaller.shift.tolist() == [-3, -2, 1, 3, 4]
+    assert smaller.state_dict().keys() == dense.state_dict().keys() | {"shift", "blur"}
+    checkpoint.save(tmp_path / "a.safetensors", smaller, checkpoint.ModelInfo(pruned=True))
+    again = Unsaved()
+    checkpoint.load(tmp_path / "a.safetensors", again)
+    assert torch.equal(again(example), smaller(example))
+    assert "shift" in again.state_dict() and measure(again, example).shapes["blur"] == (5, 1, 3, 3)
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.groups.types import Group, Slice
-from compress.structure import integers, resize, set_integer
+from compress.structure import integers, resize, set_integer, tensors
 
 Kept = Mapping[str, Sequence[int]]  # group name -> the channels that remain, ascending; a group not named keeps all
 
@@ -20,15 +20,15 @@ def cut(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None:
     Each tensor is read once and written once, whatever number of groups meet in it.
     """
     groups = list(groups)
-    state = model.state_dict(keep_vars=True)
+    held = tensors(model)
     smaller: dict[str, Tensor] = {}
     for name, gone in removed_elements(groups, kept).items():
-        smaller[name] = without(state[name].detach(), gone).contiguous()
+        smaller[name] = without(held[name].detach(), gone).contiguous()
     for group, channels in _removed(groups, kept):
         for count in group.counts:
             module = model.get_submodule(count.module)
-            held = integers(module)[count.attribute]
-            set_integer(module, count.attribute, held - count.step * len(channels))
+            before = integers(module)[count.attribute]
+            set_integer(module, count.attribute, before - count.step * len(channels))
     resize(model, smaller)
 
 
@@ -38,18 +38,18 @@ def zero(model: nn.Module, groups: Iterable[Group], kept: Kept) -> None:
     A removed channel then gives 0 and is read with weight 0, so that the output must equal the cut network's:
     the law that every proof rests on. A running variance of 0 is harmless: eps keeps the quotient finite.
     """
-    state = model.state_dict(keep_vars=True)
+    held = tensors(model)
     with torch.no_grad():
         for name, gone in removed_elements(groups, kept).items():
             for dim, indices in gone.items():
-                state[name].index_fill_(dim, indices.to(state[name].device), 0)
+                held[name].index_fill_(dim, indices.to(held[name].device), 0)
 
 
 def unshare(model: nn.Module, groups: Iterable[Group]) -> None:
     """Give a network copies of its own of the tensors that `groups` name, before they are written in place."""
-    state = model.state_dict(keep_vars=True)
+    held = tensors(model)
     names = {part.name for group in groups for part in group.slices}
-    resize(model, {name: state[name].detach().clone() for name in names})
+    resize(model, {name: held[name].detach().clone() for name in names})
 
 
 def permute(model: nn.Module, groups: Iterable[Group], orders: Mapping[str, Tensor]) -> None:
@@ -57,11 +57,11 @@ def permute(model: nn.Module, groups: Iterable[Group], orders: Mapping[str, Tens
 
     The output must not change: a law that holds for layer norms too, where zeroing is no removal. [ours]
     """
-    state = model.state_dict(keep_vars=True)
+    held = tensors(model)
     with torch.no_grad():
         for group in groups:
             for part in group.slices if group.name in orders else ():
-                tensor = state[part.name]
+                tensor = held[part.name]
                 places = elements(part, torch.arange(group.size)).to(tensor.device)
                 moved = elements(part, orders[group.name]).to(tensor.device)
                 tensor.index_copy_(part.dim, places, tensor.index_select(part.dim, moved))

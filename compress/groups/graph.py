@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
 from compress.example import Example, arguments
+from compress.structure import tensors
 
 Shape = tuple[int, ...]
 
@@ -68,19 +69,19 @@ def prepare() -> None:
 def read(model: nn.Module, example: Example) -> Graph:
     """Export `model` on `example` and list its operators; nothing is computed, nothing is copied.
 
-    Tensors are named by the first of their names in `model.state_dict()`; those without a place there have no name.
+    Tensors are named by the first of their names in `tensors(model)`; those without a place there have no name.
     """
     with _quiet(), torch.no_grad():
         program = torch.export.export(model, arguments(example), strict=False)
     known: dict[int, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in tensors(model).items():
         known.setdefault(id(tensor), name)
     held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     names: dict[str, str | None] = {}
     for spec in program.graph_signature.input_specs:
-        tensor = held.get(spec.target or "")
-        learned = isinstance(tensor, Tensor) and tensor.is_floating_point()
-        names[str(getattr(spec.arg, "name", ""))] = known.get(id(tensor)) if learned else None
+        meant = held.get(spec.target or "")
+        learned = isinstance(meant, Tensor) and meant.is_floating_point()
+        names[str(getattr(spec.arg, "name", ""))] = known.get(id(meant)) if learned else None
     given = {
         str(getattr(spec.arg, "name", ""))
         for spec in program.graph_signature.input_specs

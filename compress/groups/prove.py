@@ -49,21 +49,36 @@ def prove(
     """
     trials = _Trials(_bench(model, example), mixed, time.monotonic() + seconds)
     free = [group for group in groups if group.frozen is None]
-    if free and trials.fit([_likeliest(trials, group) for group in free]) is not None:
+    if _together(trials, free) is not None:
         families: dict[str, list[Group]] = {}
         for group in free:
             families.setdefault(re.sub(r"\d+", "#", group.name), []).append(group)
         for family in sorted(families.values(), key=lambda f: f[0].name in mixed):
             _admit(trials, family)
+    return _results(trials, groups)
+
+
+def prove_together(
+    model: nn.Module, example: Example, groups: Sequence[Group], *, mixed: Collection[str] = ()
+) -> tuple[Group, ...] | Reason:
+    """`prove` by a single trial of all groups: what it returns where that passes, else why it does not."""
+    trials = _Trials(_bench(model, example), mixed, math.inf)
+    reason = _together(trials, [group for group in groups if group.frozen is None])
+    return _results(trials, groups) if reason is None else reason
+
+
+def _together(trials: _Trials, free: Sequence[Group]) -> Reason | None:
+    """Try all groups at once, each with the integers that most likely follow it."""
+    likeliest = [replace(group, counts=proposals(trials.bench.network, group)[0]) for group in free]
+    return trials.fit(likeliest) if free else None
+
+
+def _results(trials: _Trials, groups: Sequence[Group]) -> tuple[Group, ...]:
     found = (
         trials.proved.get(g.name) or (g.freeze(trials.reasons[g.name]) if g.name in trials.reasons else g)
         for g in groups
     )
     return tuple(replace(group, reads=()) for group in found)
-
-
-def _likeliest(trials: _Trials, group: Group) -> Group:
-    return replace(group, counts=proposals(trials.bench.network, group)[0])
 
 
 def _admit(trials: _Trials, family: Sequence[Group]) -> None:

@@ -17,12 +17,14 @@ from compress.errors import PruneError
 from compress.example import Example, arguments, fitting, shapes
 from compress.groups.assemble import assemble
 from compress.groups.graph import Graph, prepare, read
-from compress.groups.prove import prove
+from compress.groups.prove import prove, prove_together
 from compress.groups.rules import propagate
 from compress.groups.twin import shared
 from compress.groups.types import Group
+from compress.structure import tensors
 
 log = logging.getLogger(__name__)
+MISFIT = "RuntimeError: shape"  # how a trial fails where a reshape takes a width from elsewhere
 RESHAPES = ("aten.reshape", "aten.view", "aten.unflatten")
 TIME_LIMIT = 120.0  # seconds; of 88 networks torch.export took 5.6 for the slowest
 
@@ -42,16 +44,10 @@ def trace(model: nn.Module, example: Example, *, time_limit: float = TIME_LIMIT)
         PruneError: the network does not run on `example`, tracing fails or takes too long, or nothing can be cut.
     """
     prepare()
-    began = time.monotonic()
     with time_limited(time_limit):
         twin = shared(model)
         example = fitting(example, twin)
-        graph = graph_of(twin, example)
-        groups = _proved(twin, example, graph, (), until=began + 0.8 * time_limit)
-        derived = _derived(graph, groups)
-        if derived and time.monotonic() - began < 0.3 * time_limit:
-            again = _proved(twin, example, graph, derived, until=began + 0.8 * time_limit)
-            groups = max(groups, again, key=_freedom)
+        groups = _proved(twin, example, graph_of(twin, example), time_limit)
     if all(group.frozen for group in groups):
         reasons = "; ".join(f"{g.name}: {g.frozen}" for g in groups[:3]) or "no convolution or linear layer found"
         raise PruneError(f"no channel of this network can be removed ({reasons})")
@@ -70,19 +66,36 @@ def find(model: nn.Module, example: Example, derived: Collection[str] = ()) -> t
     return _found(model, graph_of(model, example), derived)
 
 
-def _proved(
-    model: nn.Module, example: Example, graph: Graph, derived: Collection[str], *, until: float
-) -> tuple[Group, ...]:
-    groups, mixed = _found(model, graph, derived)
-    groups = tuple(_rigid(model, group) for group in groups)
-    return prove(model, example, groups, mixed=mixed, seconds=until - time.monotonic())
+def _proved(model: nn.Module, example: Example, graph: Graph, time_limit: float) -> tuple[Group, ...]:
+    """The groups of the graph after their trials; where a reshape fails, also with the heads of some modules tied."""
+    began = time.monotonic()
+
+    def in_trials(tied: Collection[str]) -> tuple[Group, ...]:
+        found, mixed = _found(model, graph, tied)
+        return prove(model, example, found, mixed=mixed, seconds=began + 0.8 * time_limit - time.monotonic())
+
+    groups, mixed = _found(model, graph)
+    proved = prove_together(model, example, groups, mixed=mixed)
+    if isinstance(proved, tuple):
+        return proved
+    free = [group for group in groups if group.frozen is None]
+    if MISFIT in proved and (derived := _reshaping(graph, free)):
+        groups, mixed = _found(model, graph, derived)
+        proved = prove_together(model, example, groups, mixed=mixed)
+        if isinstance(proved, tuple):
+            return proved
+    groups = in_trials(())
+    derived = _reshaping(graph, [group for group in groups if MISFIT in (group.frozen or "")])
+    if derived and time.monotonic() - began < 0.3 * time_limit:
+        groups = max(groups, in_trials(derived), key=_freedom)
+    return groups
 
 
-def _derived(graph: Graph, groups: Sequence[Group]) -> set[str]:
-    """Modules that may take the width of their heads from their input's: they reshape, and there a trial failed."""
-    failed = {part.name for group in groups if "RuntimeError: shape" in (group.frozen or "") for part in group.slices}
+def _reshaping(graph: Graph, groups: Sequence[Group]) -> set[str]:
+    """Modules of these groups that reshape: they may take the width of their heads from their input's."""
+    names = {part.name for group in groups for part in group.slices}
     reshaping = {node.path for node in graph.nodes if node.operator in RESHAPES and len(node.shapes[0] or ()) > 3}
-    return {path for path in reshaping if any(name.startswith(path + ".") for name in failed)}
+    return {path for path in reshaping if any(name.startswith(path + ".") for name in names)}
 
 
 def _freedom(groups: Sequence[Group]) -> int:
@@ -90,11 +103,12 @@ def _freedom(groups: Sequence[Group]) -> int:
     return len({(part.name, part.dim) for group in groups if group.frozen is None for part in group.slices})
 
 
-def _found(model: nn.Module, graph: Graph, derived: Collection[str]) -> tuple[tuple[Group, ...], set[str]]:
+def _found(model: nn.Module, graph: Graph, derived: Collection[str] = ()) -> tuple[tuple[Group, ...], set[str]]:
+    """The groups as the graph shows them, and the names of those that mix channels; rigid modules keep theirs."""
     classes, found, counts = propagate(graph, derived)
-    state = model.state_dict(keep_vars=True)
-    tensors = {name: found[name] for name in state if name in found}
-    return assemble(classes, tensors, counts)
+    ids = {name: found[name] for name in tensors(model) if name in found}
+    groups, mixed = assemble(classes, ids, counts)
+    return tuple(_rigid(model, group) for group in groups), mixed
 
 
 def graph_of(model: nn.Module, example: Example) -> Graph:

@@ -12,7 +12,7 @@ class Slice:
     Channel `c` owns the indices `offset + c * block` to `offset + (c + 1) * block - 1` along `dim`.
     """
 
-    name: str  # a key of model.state_dict()
+    name: str  # a key of structure.tensors(model)
     dim: int  # the axis
     block: int = 1  # indices one channel spans: head_dim, or H*W after a flatten
     offset: int = 0  # where channel 0 starts: 0, D, 2D in a fused qkv; a concatenation's shift
