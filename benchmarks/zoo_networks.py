@@ -26,7 +26,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "Cvt": {},
     "DeiT": {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768},
     "Dinov2": {"hidden_size": 192, "num_attention_heads": 3, "image_size": 224, "patch_size": 16},
-    "EfficientNet": {"width_coefficient": 1.0, "depth_coefficient": 1.0},
+    "EfficientNet": {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280},
     "FocalNet": {},
     "Levit": {},
     "MobileNetV1": {},

@@ -14,7 +14,7 @@ WIDTHS = {"dim", "embed_dim", "in_dim", "input_dim", "hidden_size", "num_feature
           "in_channels", "in_chs"}  # fmt: skip  # names of a layer's input width: seldom that of its heads
 
 # Words in the names of integers that count places or layers: those never follow channels.
-PLACES = ("block", "depth", "grid", "halo", "kernel", "patch", "resolution", "stride", "win_", "window")
+PLACES = ("block", "depth", "grid", "halo", "kernel", "patch", "resolution", "shift", "stride", "win_", "window")
 
 
 def proposals(model: nn.Module, group: Group) -> list[tuple[Count, ...]]:
