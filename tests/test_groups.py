@@ -15,6 +15,7 @@ from compress import checkpoint
 from compress.cost import measure
 from compress.errors import PruneError
 from compress.groups import Count, Group, Slice, cut, prove, trace, zero
+from compress.groups.twin import lively as awake
 from compress.models import ARCHS
 from tests.nets import NETS, PaddedShortcut, lively
 
@@ -175,6 +176,16 @@ def test_a_branch_that_is_off_does_not_hide_a_wrong_group() -> None:
     wrong = Group("a", 4, (Slice("a.weight", 0), Slice("a.bias", 0), Slice("b.weight", 1, offset=4)))
     (judged,) = prove(Off(), EXAMPLE, (wrong,))
     assert judged.frozen is not None and "differs" in judged.frozen
+
+
+def test_what_is_added_in_a_trial_is_never_zero_and_never_drowns_the_input() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64))
+    nn.init.zeros_(model[0].bias)
+    nn.init.zeros_(model[1].weight)
+    twin = awake(model)
+    for added in (twin[0].bias, twin[1].bias, twin[1].running_mean):
+        assert bool(added.all()) and 0.02 < float(added.std()) < 0.2
+    assert float(twin[1].weight.min()) >= 0.5 and not model[1].weight.any()
 
 
 @pytest.mark.parametrize(

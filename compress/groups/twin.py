@@ -28,7 +28,8 @@ def lively(model: nn.Module) -> nn.Module:
     """A shared copy in which no vector and no weight is zero or all but zero, so that no branch is off in a trial.
 
     A zero-initialised last norm of a residual branch, or a layer scale of 1e-6, would let any cut inside the branch
-    pass. Other values keep their size: activations neither die out nor overflow. [ours]
+    pass. What is added becomes about a tenth: more would drown what the layers say of the input, and with it a wrong
+    order of tokens. Other values keep their size: activations neither die out nor overflow. [ours]
     """
     twin = shared(model)
     generator = torch.Generator().manual_seed(0)
@@ -57,4 +58,8 @@ def _awake(tensor: Tensor, name: str, generator: torch.Generator) -> Tensor:
         return torch.randn(tensor.shape, generator=generator).to(tensor) / math.sqrt(max(1, tensor[0].numel()))
     spread = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).add_(0.5).to(tensor)
     scaled = tensor.mul(spread)
-    return scaled if name == "running_var" else torch.where(tensor.abs() < 1e-3, spread, scaled)
+    if name == "running_var":
+        return scaled
+    is_added = "bias" in name or name == "running_mean"
+    fresh = torch.randn(tensor.shape, generator=generator).to(tensor).mul_(0.1) if is_added else spread
+    return torch.where(tensor.abs() < 1e-3, fresh, scaled)
