@@ -17,6 +17,7 @@ from typing import Any
 
 LARGEST = 100_000_000
 EDGE = 512  # pixels: members for larger images are taken only where a family has no others
+EDGES = {"inception_v3": 299, "ssd300_vgg16": 300}  # of torchvision's, where 224 pixels are too few
 # Image classifiers of transformers: name -> what differs from the default configuration.
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "Beit": {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768},
@@ -117,7 +118,7 @@ def _torchvision() -> Iterator[str]:
         for name in models.list_models(kind):
             if _size(f"torchvision:{name}") < LARGEST:
                 family = kind.__name__.removeprefix("torchvision.").replace("models.", "").replace("models", "classify")
-                yield f"{family} torchvision:{name} {299 if name == 'inception_v3' else 224}"
+                yield f"{family} torchvision:{name} {EDGES.get(name, 224)}"
 
 
 if __name__ == "__main__":
