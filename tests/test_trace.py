@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.checkpoint import ModelInfo, load_into, read, save
-from compress.groups import Count, Group, Slice, cut, trace, zero
+from compress.groups import Group, Slice, cut, trace, zero
 from compress.groups.trace import find
 from compress.structure import underived
 from tests.couplings import COUPLINGS, Fused, Images, Tokens, normed
@@ -166,22 +166,6 @@ def test_a_head_dim_taken_from_the_trunk_falls_with_it(heads: int) -> None:
     with torch.no_grad():
         assert (zeroed(EXAMPLE) - pruned(EXAMPLE)).abs().max() < 1e-12
     assert pruned.mix[3].num_heads == heads
-
-
-def test_an_integer_of_the_same_value_stays_where_the_cut_does_without_it() -> None:
-    class Turned(Fused):
-        """As many heads as places to turn by, and so little of that in the output that no trial would tell."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.turn = self.num_heads
-
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + 1e-13 * x.roll(self.turn, 1)
-
-    model = Tokens(nn.Sequential(Turned(), Turned())).double()
-    groups = {g.name: g for g in trace(model, EXAMPLE)}
-    assert all(groups[f"mix.{i}.qkv"].counts == (Count(f"mix.{i}", "num_heads"),) for i in (0, 1))
 
 
 def test_the_proof_freezes_when_time_runs_out_and_leaves_the_model() -> None:

@@ -55,7 +55,6 @@ def prove(
             families.setdefault(re.sub(r"\d+", "#", group.name), []).append(group)
         for family in sorted(families.values(), key=lambda f: f[0].name in mixed):
             _admit(trials, family)
-    _lean(trials, groups)
     return _results(trials, groups)
 
 
@@ -65,40 +64,13 @@ def prove_together(
     """`prove` by a single trial of all groups: what it returns where that passes, else why it does not."""
     trials = _Trials(_bench(model, example), mixed, math.inf)
     reason = _together(trials, [group for group in groups if group.frozen is None])
-    if reason is not None:
-        return reason
-    _lean(trials, groups)
-    return _results(trials, groups)
+    return _results(trials, groups) if reason is None else reason
 
 
 def _together(trials: _Trials, free: Sequence[Group]) -> Reason | None:
     """Try all groups at once, each with the integers that most likely follow it."""
     likeliest = [replace(group, counts=proposals(trials.bench.network, group)[0]) for group in free]
     return trials.fit(likeliest) if free else None
-
-
-def _lean(trials: _Trials, groups: Sequence[Group]) -> None:
-    """Where integers of several names follow a group, leave out those that need not, the outer module's first.
-
-    A trial may pass with one too many, such as a shift by as many places as there are heads: what it changes is small.
-    """
-    own = {group.name: set(group.counts) for group in groups}
-
-    def names(group: Group) -> list[str]:
-        added = [c for c in group.counts if c not in own[group.name] and "[" not in c.attribute]
-        return list(dict.fromkeys(c.attribute for c in sorted(added, key=lambda count: count.module.count("."))))
-
-    every = dict.fromkeys(name for group in trials.proved.values() for name in names(group) if len(names(group)) > 1)
-    for name in every:
-        before = {group.name: group for group in trials.proved.values() if name in names(group) != [name]}
-        fewer = [
-            replace(group, counts=tuple(c for c in group.counts if c in own[group.name] or c.attribute != name))
-            for group in before.values()
-        ]
-        for group in before:
-            del trials.proved[group]
-        if fewer and trials.fit(fewer) is not None:
-            trials.proved.update(before)
 
 
 def _results(trials: _Trials, groups: Sequence[Group]) -> tuple[Group, ...]:
