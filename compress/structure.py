@@ -214,8 +214,8 @@ def redraw(model: nn.Module, seed: int) -> None:
 
 
 def _put(module: nn.Module, leaf: str, new: Tensor) -> None:
-    """Set a tensor; a buffer of another shape than before becomes part of the state."""
-    if leaf in module._buffers and getattr(module, leaf).shape != new.shape:
+    """Set a tensor; a buffer that is not saved becomes part of the state when it takes another shape."""
+    if leaf in module._non_persistent_buffers_set and getattr(module, leaf).shape != new.shape:
         delattr(module, leaf)
         module.register_buffer(leaf, new)
     else:
