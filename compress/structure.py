@@ -214,12 +214,13 @@ def redraw(model: nn.Module, seed: int) -> None:
 
 
 def _put(module: nn.Module, leaf: str, new: Tensor) -> None:
-    """Set a tensor; a buffer that is not saved becomes part of the state when it takes another shape."""
-    if leaf in module._non_persistent_buffers_set and getattr(module, leaf).shape != new.shape:
-        delattr(module, leaf)
-        module.register_buffer(leaf, new)
-    else:
-        setattr(module, leaf, new)
+    """Set a tensor; a buffer that is not saved becomes part of the state when it takes another shape.
+
+    Buffers keep their order, by which processes that train together exchange them.
+    """
+    if getattr(module, leaf).shape != new.shape:
+        module._non_persistent_buffers_set.discard(leaf)
+    setattr(module, leaf, new)
 
 
 def _holders(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
