@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from compress import foreign, structure
 from compress.errors import LoadError
 from compress.files import atomic_write
-from compress.structure import Stand, integers, remove, removed, resize, set_integer
 
 FORMAT = 2  # of the header; 1 where no module is gone. A file with a larger number was written by a newer version
 NONE: Mapping[str, Mapping[str, int]] = MappingProxyType({})
@@ -43,7 +42,7 @@ class ModelInfo(BaseModel, frozen=True, extra="forbid"):
 class _Header(ModelInfo, frozen=True, extra="ignore"):
     compress: int
     integers: dict[str, dict[str, int]] = {}
-    gone: dict[str, Stand] = {}
+    gone: dict[str, structure.Stand] = {}
     aliases: dict[str, str] = {}
 
 
@@ -57,7 +56,7 @@ class Checkpoint:
     path: Path
     size_bytes: int
     integers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # see `save`
-    gone: Mapping[str, Stand] = field(default_factory=dict)  # modules that left as a whole: `structure.remove`
+    gone: Mapping[str, structure.Stand] = field(default_factory=dict)  # whole modules that left
 
 
 def read(path: Path) -> Checkpoint:
@@ -91,7 +90,7 @@ def decode(data: bytes, path: Path) -> Checkpoint:
     """What `read` gives, from the bytes of the file; `path` is only its name."""
     tensors, beside = foreign.decode(data, path)
     info, integers = ModelInfo(), NONE
-    gone: Mapping[str, Stand] = MappingProxyType({})
+    gone: Mapping[str, structure.Stand] = MappingProxyType({})
     if foreign.is_safetensors(data):
         beside = _json(beside.get("compress"), path)
     if "compress" in beside:
@@ -126,7 +125,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     Raises:
         LoadError: missing or unexpected names, or other shapes than the model's.
     """
-    remove(model, checkpoint.gone)
+    structure.remove(model, checkpoint.gone)
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     expected = structure.tensors(model) if checkpoint.info.pruned else state  # a cut saves the buffers it has cut, too
     tensors = renamed(checkpoint.tensors, expected)
@@ -146,7 +145,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
             "name the architecture it was saved from with --arch"
         )
     if checkpoint.info.pruned:
-        resize(model, {name: tensors[name].to(expected[name].device, copy=True) for name in common})
+        structure.resize(model, {name: tensors[name].to(expected[name].device, copy=True) for name in common})
         _set_integers(model, checkpoint)
     elif other:
         differences = [f"{n} is {tuple(tensors[n].shape)}, not {tuple(expected[n].shape)}" for n in other]
@@ -195,9 +194,9 @@ def save_pt(path: Path, model: nn.Module, info: ModelInfo, *, integers: Mapping[
 
 
 def _describe(model: nn.Module, info: ModelInfo, integers: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-    gone = removed(model)
-    structure = {"integers": {k: dict(v) for k, v in integers.items()}, **({"gone": gone} if gone else {})}
-    return {"compress": FORMAT if gone else 1, **info.model_dump(mode="json"), **structure}
+    gone = structure.removed(model)
+    shape = {"integers": {k: dict(v) for k, v in integers.items()}, **({"gone": gone} if gone else {})}
+    return {"compress": FORMAT if gone else 1, **info.model_dump(mode="json"), **shape}
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -259,9 +258,9 @@ def _set_integers(model: nn.Module, checkpoint: Checkpoint) -> None:
     modules = dict(model.named_modules())
     for path, attributes in checkpoint.integers.items():
         for name, value in attributes.items():
-            if path not in modules or name not in integers(modules[path]) or type(value) is not int:
+            if path not in modules or name not in structure.integers(modules[path]) or type(value) is not int:
                 raise LoadError(f"{checkpoint.path} sets {path}.{name}, which the network does not have: check --arch")
-            set_integer(modules[path], name, value)
+            structure.set_integer(modules[path], name, value)
 
 
 def _some(names: list[str]) -> str:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from compress import checkpoint
 from compress.cost import measure
 from compress.errors import PruneError
-from compress.groups import Count, Group, Slice, cut, prove, trace, zero
+from compress.groups import Bench, Count, Group, Slice, cut, prove, trace, zero
 from compress.groups.twin import lively as awake
 from compress.models import ARCHS
 from tests.nets import NETS, PaddedShortcut, lively
@@ -154,7 +154,7 @@ def test_a_wrong_group_fails_its_proof_and_only_that_one() -> None:
     shifted = Group(
         "4", 4, (Slice("4.weight", 0), Slice("4.bias", 0), Slice("6.weight", 1, offset=4))
     )  # the wrong half
-    judged = {g.name: g for g in prove(model, EXAMPLE, (good, incomplete, shifted))}
+    judged = {g.name: g for g in prove(Bench.of(model, EXAMPLE), (good, incomplete, shifted))}
     assert judged["0"].frozen is None
     assert judged["2"].frozen is not None and "a trial cut fails: RuntimeError" in judged["2"].frozen
     assert judged["4"].frozen is not None and "differs from zeroing" in judged["4"].frozen
@@ -174,7 +174,7 @@ def test_a_branch_that_is_off_does_not_hide_a_wrong_group() -> None:
             return self.head(self.bn(self.b(self.a(x).relu())) + self.skip(x))
 
     wrong = Group("a", 4, (Slice("a.weight", 0), Slice("a.bias", 0), Slice("b.weight", 1, offset=4)))
-    (judged,) = prove(Off(), EXAMPLE, (wrong,))
+    (judged,) = prove(Bench.of(Off(), EXAMPLE), (wrong,))
     assert judged.frozen is not None and "differs" in judged.frozen
 
 

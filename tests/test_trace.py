@@ -169,14 +169,15 @@ def test_a_head_dim_taken_from_the_trunk_falls_with_it(heads: int) -> None:
 
 
 def test_the_proof_freezes_when_time_runs_out_and_leaves_the_model() -> None:
-    from compress.groups.prove import prove
+    from compress.groups import Bench, prove
 
     model = Tokens(Fused()).double()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     found, mixed = find(model, EXAMPLE)
-    assert [g.frozen for g in prove(model, EXAMPLE, found, mixed=mixed, seconds=0)][:2] == [None, None]
+    bench = Bench.of(model, EXAMPLE)
+    assert [g.frozen for g in prove(bench, found, mixed=mixed, until=0)][:2] == [None, None]
     wrong = Group("mix.proj", 24, (Slice("mix.proj.bias", 0),))  # the first trial, of all, fails; there is no other
-    groups = prove(model, EXAMPLE, (*found, wrong), mixed=mixed, seconds=0)
+    groups = prove(bench, (*found, wrong), mixed=mixed, until=0)
     assert all(g.frozen == "it could not be proved within the time limit" for g in groups if g.name != "head")
     trace(model, EXAMPLE)
     assert model.mix.num_heads == 4 and all(torch.equal(before[k], v) for k, v in model.state_dict().items())

@@ -6,6 +6,7 @@ from compress.groups.cut import Kept as Kept
 from compress.groups.cut import cut as cut
 from compress.groups.cut import removed_elements as removed_elements
 from compress.groups.cut import zero as zero
+from compress.groups.prove import Bench as Bench
 from compress.groups.prove import prove as prove
 from compress.groups.trace import trace as trace
 from compress.groups.types import Count as Count

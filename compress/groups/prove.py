@@ -25,13 +25,31 @@ Reason = str
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
+@dataclass(frozen=True)
+class Bench:
+    """What trials run on: a copy that shares its weights with the model, and the input."""
+
+    network: nn.Module
+    example: Example
+    tolerance: float
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Example) -> Bench:
+        """A bench for `model`, which is left untouched and may be in any mode and on any device.
+
+        Args:
+            example: one input batch (N, C, H, W), or a tuple of several inputs.
+        """
+        network = lively(model)
+        own = next((t for t in network.state_dict().values() if t.is_floating_point()), arguments(example)[0])
+        dtype = own.dtype if own.dtype in TOLERANCES else torch.float32
+        if dtype != own.dtype:
+            network = copy.deepcopy(network).to(dtype)
+        return cls(network, like(example, own.to(dtype)), TOLERANCES[dtype])
+
+
 def prove(
-    model: nn.Module,
-    example: Example,
-    groups: Sequence[Group],
-    *,
-    mixed: Collection[str] = (),
-    seconds: float = math.inf,
+    bench: Bench, groups: Sequence[Group], *, mixed: Collection[str] = (), until: float = math.inf
 ) -> tuple[Group, ...]:
     """Cut a part of each group's channels on copies; freeze, with its reason, each group for which that goes wrong.
 
@@ -41,36 +59,35 @@ def prove(
     once; only on failure family by family (the same layer of every block), and then by halves.
 
     Args:
-        model: left untouched; it may be in any mode and on any device.
-        example: one input batch (N, C, H, W), or a tuple of several inputs.
-        seconds: after these no trial begins but the first; what is not proved by then is frozen.
+        until: by `time.monotonic`: later no trial begins but that of all; what is not proved by then is frozen.
 
     Returns: all groups in the given order, with the module integers that follow them; the failing ones frozen.
     """
-    trials = _Trials(_bench(model, example), mixed, time.monotonic() + seconds)
+    proved = prove_together(bench, groups, mixed=mixed)
+    return proved if isinstance(proved, tuple) else prove_apart(bench, groups, mixed=mixed, until=until)
+
+
+def prove_together(bench: Bench, groups: Sequence[Group], *, mixed: Collection[str] = ()) -> tuple[Group, ...] | Reason:
+    """`prove` by the trial of all groups alone: what it returns where that passes, else why it does not."""
+    trials = _Trials(bench, mixed)
     free = [group for group in groups if group.frozen is None]
-    if _together(trials, free) is not None:
-        families: dict[str, list[Group]] = {}
-        for group in free:
-            families.setdefault(re.sub(r"\d+", "#", group.name), []).append(group)
-        for family in sorted(families.values(), key=lambda f: f[0].name in mixed):
-            _admit(trials, family)
-    return _results(trials, groups)
-
-
-def prove_together(
-    model: nn.Module, example: Example, groups: Sequence[Group], *, mixed: Collection[str] = ()
-) -> tuple[Group, ...] | Reason:
-    """`prove` by a single trial of all groups: what it returns where that passes, else why it does not."""
-    trials = _Trials(_bench(model, example), mixed, math.inf)
-    reason = _together(trials, [group for group in groups if group.frozen is None])
+    likeliest = [replace(group, counts=proposals(bench.network, group)[0]) for group in free]
+    reason = trials.fit(likeliest) if free else None
     return _results(trials, groups) if reason is None else reason
 
 
-def _together(trials: _Trials, free: Sequence[Group]) -> Reason | None:
-    """Try all groups at once, each with the integers that most likely follow it."""
-    likeliest = [replace(group, counts=proposals(trials.bench.network, group)[0]) for group in free]
-    return trials.fit(likeliest) if free else None
+def prove_apart(
+    bench: Bench, groups: Sequence[Group], *, mixed: Collection[str] = (), until: float = math.inf
+) -> tuple[Group, ...]:
+    """`prove` where the trial of all groups has failed: family by family, those that mix channels last."""
+    trials = _Trials(bench, mixed, until)
+    families: dict[str, list[Group]] = {}
+    for group in groups:
+        if group.frozen is None:
+            families.setdefault(re.sub(r"\d+", "#", group.name), []).append(group)
+    for family in sorted(families.values(), key=lambda f: f[0].name in mixed):
+        _admit(trials, family)
+    return _results(trials, groups)
 
 
 def _results(trials: _Trials, groups: Sequence[Group]) -> tuple[Group, ...]:
@@ -121,52 +138,32 @@ def _any_version(trials: _Trials, candidates: Sequence[Group]) -> Reason | None:
     return first
 
 
-@dataclass(frozen=True)
-class _Bench:
-    """What trials run on: a copy that shares its weights with the model, and the input."""
-
-    network: nn.Module
-    example: Example
-    tolerance: float
-
-
 @dataclass
 class _Trials:
     """What has been proved so far; every trial cuts that too."""
 
-    bench: _Bench
+    bench: Bench
     mixed: Collection[str]
-    deadline: float
-    began: bool = False
+    until: float = math.inf
     proved: dict[str, Group] = field(default_factory=dict)
     reasons: dict[str, Reason] = field(default_factory=dict)
 
     def fit(self, candidates: Sequence[Group]) -> Reason | None:
         """Try `candidates` beside what is proved; they are proved, or the reason is returned."""
-        if self.began and time.monotonic() > self.deadline:
+        if time.monotonic() > self.until:
             return "it could not be proved within the time limit"
-        self.began = True
         reason = _trial(self.bench, [*self.proved.values(), *candidates], self.mixed)
         if reason is None:
             self.proved.update({group.name: group for group in candidates})
         return reason
 
 
-def _bench(model: nn.Module, example: Example) -> _Bench:
-    network = lively(model)
-    own = next((t for t in network.state_dict().values() if t.is_floating_point()), arguments(example)[0])
-    dtype = own.dtype if own.dtype in TOLERANCES else torch.float32
-    if dtype != own.dtype:
-        network = copy.deepcopy(network).to(dtype)
-    return _Bench(network, like(example, own.to(dtype)), TOLERANCES[dtype])
-
-
-def _in_double(bench: _Bench) -> _Bench | None:
+def _in_double(bench: Bench) -> Bench | None:
     """The same in float64, for a difference that float32 cannot judge; None where the network insists on float32."""
     if bench.tolerance == TOLERANCES[torch.float64]:
         return None
     given = like(bench.example, arguments(bench.example)[0].new_empty(0, dtype=torch.float64))
-    double = _Bench(copy.deepcopy(bench.network).double(), given, TOLERANCES[torch.float64])
+    double = Bench(copy.deepcopy(bench.network).double(), given, TOLERANCES[torch.float64])
     try:
         with torch.no_grad():
             double.network(*given)
@@ -175,7 +172,7 @@ def _in_double(bench: _Bench) -> _Bench | None:
     return double
 
 
-def _trial(bench: _Bench, groups: Sequence[Group], mixed: Collection[str]) -> Reason | None:
+def _trial(bench: Bench, groups: Sequence[Group], mixed: Collection[str]) -> Reason | None:
     """What goes wrong when some channels of `groups` leave, or None."""
     kept = {group.name: _some(group.size, seed) for seed, group in enumerate(groups)}
     local = [group for group in groups if group.name not in mixed]
@@ -215,7 +212,7 @@ def _some(size: int, seed: int) -> list[int]:
     return sorted(order[:number].tolist())
 
 
-def _smaller(bench: _Bench, groups: Sequence[Group], kept: dict[str, list[int]]) -> list[Tensor]:
+def _smaller(bench: Bench, groups: Sequence[Group], kept: dict[str, list[int]]) -> list[Tensor]:
     """The outputs of the network that is cut."""
     network = shared(bench.network)
     cut(network, groups, kept)
@@ -223,7 +220,7 @@ def _smaller(bench: _Bench, groups: Sequence[Group], kept: dict[str, list[int]])
 
 
 def _same_shape(
-    bench: _Bench, groups: Sequence[Group], kept: dict[str, list[int]], mixed: Collection[str]
+    bench: Bench, groups: Sequence[Group], kept: dict[str, list[int]], mixed: Collection[str]
 ) -> list[Tensor]:
     """The outputs with channels of local groups zeroed, and those of mixed groups in another order."""
     network = shared(bench.network)

@@ -17,7 +17,7 @@ from compress.errors import PruneError
 from compress.example import Example, arguments, fitting, shapes
 from compress.groups.assemble import assemble
 from compress.groups.graph import Graph, prepare, read
-from compress.groups.prove import prove, prove_together
+from compress.groups.prove import Bench, prove, prove_apart, prove_together
 from compress.groups.rules import propagate
 from compress.groups.twin import shared
 from compress.groups.types import Group
@@ -69,25 +69,22 @@ def find(model: nn.Module, example: Example, derived: Collection[str] = ()) -> t
 def _proved(model: nn.Module, example: Example, graph: Graph, time_limit: float) -> tuple[Group, ...]:
     """The groups of the graph after their trials; where a reshape fails, also with the heads of some modules tied."""
     began = time.monotonic()
-
-    def in_trials(tied: Collection[str]) -> tuple[Group, ...]:
-        found, mixed = _found(model, graph, tied)
-        return prove(model, example, found, mixed=mixed, seconds=began + 0.8 * time_limit - time.monotonic())
-
+    until = began + 0.8 * time_limit
+    bench = Bench.of(model, example)
     groups, mixed = _found(model, graph)
-    proved = prove_together(model, example, groups, mixed=mixed)
+    proved = prove_together(bench, groups, mixed=mixed)
     if isinstance(proved, tuple):
         return proved
-    free = [group for group in groups if group.frozen is None]
-    if MISFIT in proved and (derived := _reshaping(graph, free)):
-        groups, mixed = _found(model, graph, derived)
-        proved = prove_together(model, example, groups, mixed=mixed)
+    if MISFIT in proved and (derived := _reshaping(graph, [group for group in groups if group.frozen is None])):
+        tied, tied_mixed = _found(model, graph, derived)
+        proved = prove_together(bench, tied, mixed=tied_mixed)
         if isinstance(proved, tuple):
             return proved
-    groups = in_trials(())
+    groups = prove_apart(bench, groups, mixed=mixed, until=until)
     derived = _reshaping(graph, [group for group in groups if MISFIT in (group.frozen or "")])
     if derived and time.monotonic() - began < 0.3 * time_limit:
-        groups = max(groups, in_trials(derived), key=_freedom)
+        tied, tied_mixed = _found(model, graph, derived)
+        groups = max(groups, prove(bench, tied, mixed=tied_mixed, until=until), key=_freedom)
     return groups
 
 
