@@ -77,7 +77,9 @@ class PrunePart(BaseModel):
     )
     max_group_distortion: float | None = Field(None, gt=0, description="share of the outputs' norm; None: no limit")
     drop_blocks: bool = Field(False, description="residual branches may leave whole; off: benchmarks/LOG.md")
-    rounds: int = Field(1, ge=1, le=100, description="sparse training and cut, this often, on a geometric path to keep")
+    rounds: Annotated[int, Field(ge=1, le=100)] | Literal["auto"] = Field(
+        "auto", description="cuts on a geometric path to keep, with training between; auto: one a halving"
+    )
     penalty_share: float = Field(0.1, gt=0, le=1000, description="penalty at the start, as a share of the task loss")
     options: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="of the regularisers, by name: {halo: {xi: 1e-6}}; a strength given is kept"

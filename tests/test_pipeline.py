@@ -18,6 +18,7 @@ from compress.checkpoint import read
 from compress.errors import RunFolderError, TargetError, UsageError
 from compress.folder import RunFolder
 from compress.pipeline import epochs, run
+from compress.pipeline.context import span
 from compress.recipe import make
 from tests.shell import MODEL, answer
 
@@ -82,20 +83,48 @@ def test_killed_in_every_stage_and_resumed_it_ends_with_the_same_weights(root: P
 
 
 def test_how_epochs_are_spent() -> None:
-    def spent(**values: object) -> tuple[list[int], int]:
+    def spent(keep: float = 0.5, **values: object) -> tuple[list[int], int]:
         train = {k: values.pop(k) for k in ("epochs", "sparse_share") if k in values}
-        return epochs(make({"model": {"path": "x"}, "prune": values, "train": train}), 100)
+        return epochs(make({"model": {"path": "x"}, "prune": values, "train": train}), 100, keep)
 
     assert spent(method="halo", epochs=3) == ([1], 2)
     assert spent(method="halo", epochs=10, sparse_share=0.4) == ([4], 6)
-    assert spent(method="halo", epochs=10, rounds=3) == ([2, 1, 1], 6)
+    assert spent(method="halo", epochs=10, rounds=3) == ([4, 1, 1], 4)
     assert spent(method="l2", epochs=3) == ([0], 3)  # nothing to train before the cut
     assert spent(method="l2", epochs=4, regularize=("ffr",)) == ([2], 2)
     assert sum(spent(method="halo")[0]) + spent(method="halo")[1] >= 6
-    with pytest.raises(UsageError, match=r"train.epochs = 1 is too few: halo needs an epoch for each of 1 rounds"):
+    with pytest.raises(UsageError, match=r"train.epochs = 1 is too few: halo needs 2, "):
         spent(method="halo", epochs=1)
-    with pytest.raises(UsageError, match="each of 5 rounds"):
+    with pytest.raises(UsageError, match="halo needs 6, "):
         spent(method="halo", epochs=5, rounds=5)
+    assert spent(method="l2", epochs=5, rounds=5) == ([0, 1, 1, 1, 1], 1)
+
+
+def test_auto_cuts_once_for_each_halving_and_leaves_half_of_the_training_for_the_end() -> None:
+    def spent(keep: float, count: int, **values: object) -> tuple[list[int], int]:
+        return epochs(make({"model": {"path": "x"}, "prune": values, "train": {"epochs": count}}), 100, keep)
+
+    assert spent(1, 5) == spent(0.5, 5) == ([0], 5)
+    assert spent(0.26, 5) == ([0], 5)
+    assert spent(0.25, 5) == spent(0.15, 5) == ([0, 1], 4)
+    assert spent(0.1, 5) == spent(0.05, 5) == ([0, 1, 1], 3)  # four cuts would leave two epochs of five
+    assert spent(0.05, 60) == ([0, 8, 8, 8], 36)
+    assert spent(0.15, 5, method="halo") == ([2, 1], 2)
+    assert spent(0.15, 5, method="ggr") == ([2], 3) and spent(0.15, 5, redraw=True) == ([0], 5)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 7, 20, 100])
+def test_every_epoch_is_spent_once_and_the_last_network_is_trained(rounds: int) -> None:
+    for count in range(rounds, 4 * rounds + 20):
+        recipe = make({"model": {"path": "x"}, "prune": {"rounds": rounds}, "train": {"epochs": count}})
+        sparse, recover = epochs(recipe, 100, 0.5)
+        assert len(sparse) == rounds and sum(sparse) + recover == count and recover >= 1
+
+
+def test_one_schedule_goes_from_the_first_cut_to_the_end() -> None:
+    spent = {"sparse": [2, 1, 1], "recover": 2}
+    assert [span(spent, f"round-{n}") for n in (1, 2, 3)] == [(0, 1), (0, 0.25), (0.25, 0.5)]
+    assert span(spent, "recover") == (0.5, 1) and span({"sparse": [0], "recover": 5}, "recover") == (0, 1)
 
 
 def test_a_target_out_of_reach_is_refused_before_any_training(tmp_path: Path, root: Path) -> None:

@@ -257,6 +257,16 @@ def test_the_schedule_rises_then_falls_to_nothing() -> None:
     assert schedule(0, 0) == 1
 
 
+def test_phases_that_share_a_schedule_go_through_it_once(batches, device, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[float] = []
+    monkeypatch.setattr(train.loop, "schedule", lambda share, warmup: done.append(share) or schedule(share, warmup))
+    finetune(network(), *batches, replace(SETTINGS, epochs=3), device=device)
+    whole, done[:] = list(done), []
+    finetune(network(), *batches, replace(SETTINGS, epochs=1, span=(0, 1 / 3)), device=device)
+    finetune(network(), *batches, replace(SETTINGS, epochs=2, span=(1 / 3, 1)), device=device)
+    assert done == pytest.approx(whole) and len(done) == 3 * len(batches[0])
+
+
 def test_compiling_pays_only_for_long_training(batches, device, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     assert not train.compile_pays(model, batches[0], epochs=1, device=device)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,6 +157,7 @@ class Run:
             momentum=part.momentum,
             weight_decay=part.weight_decay,
             warmup=part.warmup,
+            span=span(self.prepared["epochs"], phase),
             label_smoothing=part.label_smoothing,
             clip_norm=part.clip_norm,
             temperature=part.temperature,
@@ -306,3 +308,15 @@ def _check_bench(recipe: Recipe) -> None:
         raise MeasureError(f"bench.runtime = {part.runtime} is not available here: {missing}; {remedy}")
     if part.threads > len(allowed_cpus()):
         raise MeasureError(f"bench.threads = {part.threads}, but this process may use {len(allowed_cpus())} processors")
+
+
+def span(spent: Mapping[str, Any], phase: str) -> tuple[float, float]:
+    """The part of a schedule that a phase goes through: the first its own, the later ones share one from cut to end.
+
+    Args:
+        spent: epochs of each round under `sparse` and of the recovery under `recover`.
+    """
+    _, *between = spent["sparse"]
+    ends = list(accumulate([*between, spent["recover"]], initial=0))
+    place = len(between) if phase == "recover" else int(phase.removeprefix("round-")) - 2
+    return (ends[place] / ends[-1], ends[place + 1] / ends[-1]) if place >= 0 else (0.0, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,31 +21,50 @@ from compress.pipeline.context import Run
 from compress.pipeline.export import write_onnx
 from compress.pipeline.rounds import make_regularizers
 from compress.pipeline.widths import branches_of, select_as, sensitivity_of
-from compress.recipe import Recipe
-from compress.regularize import REGULARIZERS
+from compress.recipe import PrunePart, Recipe
+from compress.regularize import REGULARIZERS, SPARSE_TRAINING
 from compress.sensitivities import read
 from compress.task import Classification
 
 
-def epochs(recipe: Recipe, steps_per_epoch: int) -> tuple[list[int], int]:
-    """How the epochs are spent: sparse epochs of each round, recovery epochs.
+def epochs(recipe: Recipe, steps_per_epoch: int, keep: float) -> tuple[list[int], int]:
+    """How the epochs are spent: before each cut, and after the last one.
+
+    Before the first cut regularisers train towards sparsity; scores alone have nothing to train there.
 
     Raises:
-        UsageError: fewer epochs than rounds and recovery need.
+        UsageError: fewer epochs than the cuts need.
     """
     prune, part = recipe.prune, recipe.train
     total = part.epochs or max(6, -(-1500 // steps_per_epoch))
-    trains = prune.method in REGULARIZERS or prune.regularize or prune.rounds > 1
-    if not trains:
-        return [0], total
-    sparse = min(max(prune.rounds, round(total * part.sparse_share)), total - 1)
-    if sparse < prune.rounds:
+    trains = bool(prune.method in REGULARIZERS or prune.regularize)
+    least = trains + (1 if prune.rounds == "auto" else prune.rounds)
+    if total < least:
         raise UsageError(
-            f"train.epochs = {total} is too few: {prune.method} needs an epoch for each of {prune.rounds} rounds "
-            "and one to recover; ask for more epochs"
+            f"train.epochs = {total} is too few: {prune.method} needs {least}, one before each cut that training "
+            "precedes and one after the last; ask for more epochs"
         )
-    each, rest = divmod(sparse, prune.rounds)
-    return [each + (i < rest) for i in range(prune.rounds)], total - sparse
+    sparse = max(1, min(round(total * part.sparse_share), total - least + 1)) if trains else 0
+    after = total - sparse
+    rounds = _rounds(prune, keep, after) if prune.rounds == "auto" else prune.rounds
+    between = _between(after, rounds)
+    return [sparse, *[between] * (rounds - 1)], after - between * (rounds - 1)
+
+
+def _rounds(prune: PrunePart, keep: float, count: int) -> int:
+    """A cut for each whole halving, while half of the `count` epochs after the first are left for the end. [ours]
+
+    One where the weights are drawn anew, or where training holds the target's density from its first step.
+    """
+    if prune.redraw or prune.method in SPARSE_TRAINING:
+        return 1
+    halvings = max(1, int(-math.log2(keep) + 1e-9))
+    return next(n for n in range(halvings, 0, -1) if 2 * (n - 1) * _between(count, n) <= count)
+
+
+def _between(count: int, rounds: int) -> int:
+    """Epochs between two cuts, of `count` after the first; with two cuts, a fifth. [ours, benchmarks/LOG.md]"""
+    return max(1, count // (rounds + 3))
 
 
 def prepare(run: Run) -> dict[str, Any]:
@@ -67,7 +87,7 @@ def prepare(run: Run) -> dict[str, Any]:
         _check_reach(run, groups, timing.priced(run, costs, dense_ms or 0.0, groups), keep)
     accuracy, loss = run.evaluate(copy.deepcopy(run.dense))  # the dense network stays where it is
     loader = run.loader(run.data.train, train=True)
-    sparse, recover = epochs(run.recipe, len(loader))
+    sparse, recover = epochs(run.recipe, len(loader), keep)
     counted = {metric: costs.total(metric) for metric in cost.METRICS} | ({"latency": dense_ms} if dense_ms else {})
     return {
         "dense": {**counted, "val_top1": accuracy, "val_loss": loss},

@@ -47,7 +47,7 @@ def check(recipe: Recipe, model: nn.Module) -> None:
         raise UsageError("--drop-blocks with --granularity weight: zeros leave no block; use --granularity filter")
     if name := _score(recipe):
         sparse.weigh(model, name)
-    if prune.rounds > 1 and prune.method in SPARSE_TRAINING:
+    if prune.rounds not in (1, "auto") and prune.method in SPARSE_TRAINING:
         raise UsageError(
             f"prune.rounds = {prune.rounds} with {prune.method}, which trains at the target's density from its first "
             "step; use one round"

@@ -264,7 +264,9 @@ class _Phase:
         self.model.eval()
 
     def _step(self, step: int, images: Example, labels: Any) -> tuple[Tensor, Tensor]:
-        rate = self.settings.lr * schedule(step / (self.settings.epochs * self.steps), self.settings.warmup)
+        begin, end = self.settings.span
+        done = begin + (end - begin) * step / (self.settings.epochs * self.steps)
+        rate = self.settings.lr * schedule(done, self.settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)

@@ -24,6 +24,7 @@ class Settings:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warmup: float = 0.1
+    span: tuple[float, float] = (0.0, 1.0)  # the part of the schedule that this phase goes through
     label_smoothing: float = 0.0
     clip_norm: float = 5.0
     distill: float = 0.0
