@@ -76,7 +76,7 @@ def train(
     from compress.inputs import channels_of
     from compress.pipeline import Event
     from compress.recipe import PrunePart
-    from compress.report.words import metric_words
+    from compress.report.words import metric_words, strength_words
     from compress.task import reported
     from compress.train import Settings
 
@@ -118,6 +118,8 @@ def train(
     if ranks.is_first():
         save(out, model, fitted.info.model_copy(update={"origin": {**fitted.info.origin, **origin}}))
         state.unlink(missing_ok=True)
+    for strength in fitted.strengths:
+        view.note(strength_words(strength))
     sparse = _sparsity(model, fitted)
     view.note(
         f"{out}: {metric_words(wanted.metric)} {fitted.top1:.2f} % on {fitted.split}, "
@@ -125,7 +127,10 @@ def train(
     )
     if as_json:
         best = {"split": fitted.split, "val_top1": fitted.outcome.best_top1}
-        view.document({"out": str(out), "task": wanted.name, **reported(wanted, fitted.top1), **best, **sparse})
+        strong = {"strengths": list(fitted.strengths)} if fitted.strengths else {}
+        view.document(
+            {"out": str(out), "task": wanted.name, **reported(wanted, fitted.top1), **best, **strong, **sparse}
+        )
 
 
 def _network(

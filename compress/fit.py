@@ -15,7 +15,7 @@ from compress import data, ranks, train
 from compress.checkpoint import ModelInfo
 from compress.errors import PruneError
 from compress.groups import Group, trace
-from compress.regularize import SPARSE_TRAINING, Regularizer, numbers
+from compress.regularize import SPARSE_TRAINING, Regularizer, begun, is_given
 from compress.regularize.make import make
 from compress.regularize.masks import Masks
 from compress.task import recorded
@@ -35,6 +35,7 @@ class Fitted:
     split: str
     density: Mapping[str, float] = field(default_factory=dict)  # of what a mask thinned: name -> share that is not 0
     density_log: Log = ()  # the same at the start and after every change of the topology
+    strengths: Sequence[Mapping[str, Any]] = ()  # what the penalties began with: regularize.begun
 
 
 def fit(
@@ -94,13 +95,14 @@ def fit(
             device=accelerator, regularizers=regularizers, state=state, on_progress=on_progress,
         )  # fmt: skip
         density, log = _densities(regularizers)
+        strong = begun(regularize, outcome.strengths, fixed, settings.penalty_share)
     finally:
         for regularizer in regularizers:
             regularizer.detach()
     split, name = (loaded.test, "test") if loaded.test is not None else (loaded.val, "val")
     top1, _ = train.evaluate(model, loader(split), device=accelerator, task=task)
     model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return Fitted(completed, outcome, top1, name, density, log)
+    return Fitted(completed, outcome, top1, name, density, log, strong)
 
 
 def _attach(
@@ -116,12 +118,8 @@ def _attach(
             regularizer.attach(model, groups)
         except ValueError as error:
             raise PruneError(f"{name} cannot watch this network: {error}") from error
-    states = [numbers(regularizer.state_dict()) for regularizer in regularizers]
-    return frozenset(
-        place
-        for place, (name, options) in enumerate(regularize.items())
-        if name in SPARSE_TRAINING or options.keys() & states[place].keys()
-    )
+    pairs = zip(regularizers, regularize.values(), strict=True)
+    return frozenset(place for place, (one, options) in enumerate(pairs) if is_given(one, options))
 
 
 def _densities(regularizers: Sequence[Regularizer]) -> tuple[dict[str, float], Log]:

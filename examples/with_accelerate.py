@@ -11,7 +11,7 @@ import json
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from own_loop import digits, measure, network, options
+from own_loop import digits, made, measure, network, options
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -41,12 +41,12 @@ if __name__ == "__main__":
     torch.manual_seed(0)  # the same network in every process
     x, y = (tensor.to(device.device) for tensor in digits())
     model, data = network().to(device.device), TensorDataset(x[:1400].cpu(), y[:1400].cpu())
-    regularizer = compress.regularize.REGULARIZERS[given.method]()
+    regularizer = made(given.method)
     regularizer.attach(model, compress.trace(model, x[:8]))  # to the bare network, before it is wrapped
     train(device, model, data, given.epochs, [regularizer])
     before, scores = measure(model, x[1400:], y[1400:]), [regularizer.scores()]
     regularizer.detach()
-    broadcast_object_list(scores)  # cka-sr's differ, by the images seen: every process cuts by the first one's
+    broadcast_object_list(scores)  # every process cuts by the first one's, whatever a method of your own does
     compress.shrink(model, x[:8], keep=given.keep, score=scores[0], round_to=4)
     train(device, model, data, given.epochs)
     if device.is_main_process:

@@ -23,11 +23,20 @@ from compress.data import Loader, load, loader
 from compress.errors import CompressError, DivergedError, ElsewhereError, UsageError
 from compress.groups import trace
 from compress.plan import apply, select
-from compress.regularize import REGULARIZERS, Halo, Regularizer
+from compress.regularize import REGULARIZERS, Ffr, Ggr, Halo, Regularizer, Rigl, SetTraining
+from compress.regularize.sparse_training import SparseTraining
 from compress.train import Settings, accelerator, evaluate, finetune, recalibrate
 from tests.nets import NETS
 
-MADE: dict[str, Callable[[], Regularizer]] = {**REGULARIZERS, "halo by sgd": lambda: Halo(solver="sgd", xi=1e-3)}
+MADE: dict[str, Callable[[], Regularizer]] = {
+    **REGULARIZERS,
+    "halo by sgd": lambda: Halo(solver="sgd", xi=1e-3),
+    "ffr by flow": lambda: Ffr(score="flow", period=1),
+    # the topology changes after the first and the second of three steps
+    "ggr": lambda: Ggr(density=0.3, interval=1),
+    "rigl": lambda: Rigl(density=0.3, interval=1),
+    "set": lambda: SetTraining(density=0.3, interval=1),
+}
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 SETTINGS = Settings(epochs=3, lr=0.02, seed=3, penalty_share=0.5, keep_best=True)
 
@@ -55,6 +64,8 @@ def bare_loop(name: str) -> dict[str, str]:
     steps(model, regularizer, range(3))
     scores = regularizer.scores()
     found = {"scores": digest(scores), "trained": digest(model.state_dict())}
+    if isinstance(regularizer, SparseTraining):
+        found |= {"masks": digest(regularizer.masks.alive), "changes": str(len(regularizer.density_log) - 1)}
     regularizer.detach()
     costs = measure(model, EXAMPLE)
     apply(model, groups, select(groups, scores, costs, keep=0.5, round_to=1))

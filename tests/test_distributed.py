@@ -69,8 +69,11 @@ def test_everything_but_the_rank_is_equal_to_the_last_bit(laws: list[dict[str, A
 
 
 def test_every_regulariser_was_in_a_bare_loop(laws: list[dict[str, Any]]) -> None:
-    assert laws[0]["loops"].keys() == laws[0]["gradients"].keys() == {*REGULARIZERS, "halo by sgd"}
-    assert all(len(set(found.values())) == 3 for found in laws[0]["loops"].values())
+    assert laws[0]["loops"].keys() == laws[0]["gradients"].keys() == {*REGULARIZERS, "halo by sgd", "ffr by flow"}
+    for found in laws[0]["loops"].values():
+        assert len({found["scores"], found["trained"], found["cut"]}) == 3
+    changes = {name: found["changes"] for name, found in laws[0]["loops"].items() if "changes" in found}
+    assert changes == {"ggr": "3", "rigl": "3", "set": "3", "static-erk": "0"}
 
 
 def test_the_gradient_of_a_penalty_is_the_mean_over_the_processes(laws: list[dict[str, Any]]) -> None:

@@ -34,7 +34,7 @@ def check(found: dict[str, Any], out: Path) -> None:
     assert after["bytes"] == out.stat().st_size < 4 * before["params"]
 
 
-@pytest.mark.parametrize("method", ["halo", "ffr", "cka-sr", "growing-reg"])
+@pytest.mark.parametrize("method", ["halo", "ffr", "cka-sr", "ggr", "growing-reg"])
 def test_a_loop_of_one_s_own(root: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "digits.onnx"
     check(run(root, out, "own_loop.py", method), out)

@@ -143,5 +143,5 @@ def test_it_looks_now_and_then_and_remembers_through_its_state() -> None:
     assert all(torch.equal(other.scores()[name], values) for name, values in ffr.scores().items())
     other.load_state_dict({"k1": 1.0, "k2": 2.0})
     assert other.k1 == 1 and "flow" not in Ffr().state_dict()
-    with pytest.raises(ValueError, match="score = 'best' must be folded or flow"):
+    with pytest.raises(ValueError, match="score = 'best' is out of range; allowed is folded or flow"):
         Ffr(score="best")  # type: ignore[arg-type]

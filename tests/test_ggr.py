@@ -19,6 +19,7 @@ from compress.regularize import REGULARIZERS, SPARSE_TRAINING, Ggr, Regularizer,
 from compress.regularize.channels import maskable
 from compress.regularize.densities import floors
 from compress.regularize.make import make
+from compress.regularize.sparse_training import SparseTraining
 from tests.nets import NETS
 from tests.shell import MODEL, answer, call, refusal
 
@@ -153,6 +154,30 @@ def test_a_resumed_training_ends_the_same(name: str, stop: int, tmp_path) -> Non
         other.load_state_dict(state["r"])
 
 
+@pytest.mark.parametrize("order", ["attach first", "network first"])
+@pytest.mark.parametrize("name", ["ggr", "rigl", "set"])
+def test_the_network_may_be_loaded_before_or_after_it_is_attached(name: str, order: str) -> None:
+    def begun() -> tuple[nn.Module, SparseTraining]:
+        method = REGULARIZERS[name](density=0.2, interval=5)  # type: ignore[call-arg]
+        assert isinstance(method, SparseTraining)
+        return network(), method
+
+    model, method = begun()
+    method.attach(model, ())
+    train(model, method, optimizer_of(model), range(30))  # the last update was just now: what grew is still 0
+    kept = {key: value.clone() for key, value in model.state_dict().items()}, method.state_dict()
+    again, other = begun()
+    if order == "network first":
+        again.load_state_dict(kept[0])
+        other.attach(again, ())
+    else:
+        other.attach(again, ())
+        again.load_state_dict(kept[0])
+    other.load_state_dict(kept[1])
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in kept[0].items())
+    assert same(other.masks.alive, method.masks.alive)
+
+
 def test_a_pretrained_network_keeps_its_largest_weights_and_random_ones_are_random() -> None:
     model = network()
     before = {name: p.detach().clone() for name, p in maskable(model).items()}
@@ -211,7 +236,7 @@ def test_what_is_wrong_is_refused(caplog: pytest.LogCaptureFixture) -> None:
         ({"rho": 2.0}, "rho = 2.0 is out of range"),
         ({"interval": 0}, "interval = 0 is out of range"),
         ({"drop": "some"}, "drop = 'some' is out of range"),
-        ({"weights": "best"}, "weights = 'best'; allowed are"),
+        ({"weights": "best"}, "weights = 'best' is out of range; allowed is magnitude or random"),
         ({"densities": 1}, "ggr has no option 'densities'; there are density"),
     ):
         with pytest.raises(UsageError, match=words):

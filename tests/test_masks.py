@@ -70,6 +70,35 @@ def test_dead_weights_stay_exactly_zero_under(name: str) -> None:
     assert any(part.any() for part in dead_parts(masks, optimizer))
 
 
+WITH_CLOSURE = {
+    **OPTIMIZERS,
+    "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.01, max_iter=3, line_search_fn="strong_wolfe"),
+}
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+@pytest.mark.parametrize("name", WITH_CLOSURE)
+def test_dead_weights_stay_zero_where_the_step_is_given_a_closure(name: str, is_named: bool) -> None:
+    """So do LBFGS, and loops that hand the optimiser the forward and backward pass."""
+    model = network()
+    masks = Masks(maskable(model), random_masks(model))
+    looks: list[int] = []
+    masks.watch(lambda gradients: looks.append(sum(int(g.count_nonzero()) for g in gradients.values())))
+    optimizer = WITH_CLOSURE[name](model.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(X), LABELS)
+        loss.backward()
+        return loss.detach()
+
+    before = {n: p.detach().clone() for n, p in masks.tensors.items()}
+    losses = [float(optimizer.step(closure=closure) if is_named else optimizer.step(closure)) for _ in range(6)]
+    assert all(not p.detach()[~masks.alive[n]].any() for n, p in masks.tensors.items())
+    assert losses[-1] < losses[0] and len(looks) >= 6 and min(looks) > masks.alive_count()  # they were shown dense
+    assert all((before[n] != masks.tensors[n])[alive].any() for n, alive in masks.alive.items())
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_dies_later_is_forgotten_by_the_optimiser(name: str) -> None:
     model = network()

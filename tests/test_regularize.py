@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +14,10 @@ from torch import Tensor, nn
 
 from compress.errors import UsageError
 from compress.groups import Group, trace
-from compress.regularize import REGULARIZERS, SPARSE_TRAINING, Ffr, Halo
+from compress.regularize import COUNTERS, REGULARIZERS, SPARSE_TRAINING, Ffr, Halo, is_given, numbers
 from compress.regularize.features import feature_modules, head
-from compress.regularize.halo import GUARD
+from compress.regularize.halo import GUARD, PATIENCE
+from compress.regularize.make import make
 from tests.nets import NETS, Wrapped, lively
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -130,6 +134,70 @@ def test_the_head_of_a_feature_has_the_slice_s_gradient_in_the_feature_s_format(
     first = head(hidden, 2)
     hidden.relu_()  # what follows may change the feature: the copy is of the feature as it was
     assert torch.equal(first, 2 * x[:2]) and head(hidden, None) is hidden
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("halo", {"solver": "SGD"}, "solver = 'SGD' is out of range; allowed is closed-form or sgd"),
+        ("halo", {"granularity": "filters"}, "granularity = 'filters'"),
+        ("halo", {"xi": -1, "solver": "sgd", "lambda_weight_decay": 0}, "xi = -1"),
+        ("halo", {"lambda_weight_decay": 0}, "lambda_weight_decay = 0"),
+        ("ffr", {"norm": "L1"}, "norm = 'L1'"),
+        ("ffr", {"curvature": "second_difference"}, "curvature = "),
+        ("ffr", {"align": "Pad"}, "align = 'Pad'"),
+        ("ffr", {"samples": 0}, "samples = 0 is out of range; allowed is a whole number from 1 on"),
+        ("cka-sr", {"period": 2.5}, "period = 2.5"),
+        ("cka-sr", {"samples": 16.5}, "samples = 16.5"),
+        ("lasso", {"strength": -1}, "strength = -1"),
+        ("group-lasso", {"strength": 0}, "strength = 0"),
+        ("bn-slimming", {"strength": 0}, "strength = 0"),
+        ("group-sparsity", {"alpha": -4}, "alpha = -4"),
+        ("growing-reg", {"interval": 2.5}, "interval = 2.5"),
+        ("growing-reg", {"ceiling": 1e-9}, "ceiling = 1e-09"),
+        ("ggr", {"interval": 2.5}, "interval = 2.5"),
+    ],
+)
+def test_an_option_that_is_misspelt_or_out_of_range_is_named(name: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(words)):
+        make({name: options}, {})
+
+
+@pytest.mark.parametrize("is_given", [False, True])
+def test_a_lambda_that_nothing_trains_is_spoken_of(is_given: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model, groups = setting("residual")
+    halo = Halo(xi=1e-3, solver="sgd")
+    halo.attach(model, groups)
+    own = [{"params": list(halo.parameters()), "weight_decay": 1e-4}] if is_given else []
+    optimizer = torch.optim.SGD([{"params": model.parameters()}, *own], lr=0.01)
+    for _ in range(PATIENCE):
+        optimizer.zero_grad()
+        halo.penalty().backward()
+        optimizer.step()
+        halo.after_step()
+    assert ("lambda is still 1 everywhere after 100 steps" in caplog.text) is not is_given
+
+
+def test_the_numbers_alone_are_the_strength_for_another_network() -> None:
+    model, groups = setting("residual")
+    for name in REGULARIZERS.keys() - SPARSE_TRAINING:
+        method = REGULARIZERS[name](solver="sgd") if name == "halo" else REGULARIZERS[name]()  # type: ignore[call-arg]
+        method.attach(model, groups)
+        before = {key: value * 2 for key, value in numbers(method.state_dict()).items() if key not in COUNTERS}
+        method.load_state_dict({**before, **dict.fromkeys(COUNTERS, 0)})
+        assert before and {key: numbers(method.state_dict())[key] for key in before} == before
+        method.detach()
+
+
+def test_which_option_is_a_strength() -> None:
+    assert is_given(Halo(), {"xi"}) and not is_given(Halo(), {"psi", "solver"})
+    assert is_given(Ffr(), {"k2"}) and not is_given(Ffr(), {"norm"})
+    assert not is_given(REGULARIZERS["growing-reg"](), {"ceiling"})
+    assert all(is_given(REGULARIZERS[name](), ()) for name in SPARSE_TRAINING)  # there is nothing to calibrate
+    for name in REGULARIZERS.keys() - SPARSE_TRAINING:
+        method = REGULARIZERS[name]()
+        assert set(method.STRENGTHS) and all(is_given(method, {one}) for one in method.STRENGTHS)  # type: ignore[attr-defined]
+        assert set(method.STRENGTHS) <= inspect.signature(REGULARIZERS[name]).parameters.keys()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("granularity", ["filter", "weight"])

@@ -21,7 +21,7 @@ from compress.pipeline.widths import branches_of, select_as, sensitivity_of
 from compress.plan import Plan, apply
 from compress.reach import without
 from compress.recipe import Recipe
-from compress.regularize import REGULARIZERS, SPARSE_TRAINING, Regularizer, numbers
+from compress.regularize import COUNTERS, REGULARIZERS, Regularizer, begun, is_given, numbers
 from compress.regularize.make import make
 from compress.report.words import metric_words, strength_words
 from compress.scores import DATA_DRIVEN, LOSS_DRIVEN, SCORES, Scores
@@ -69,7 +69,7 @@ def _round(run: Run, model: nn.Module, what: _Round) -> dict[str, Any]:
     made = make_regularizers(run.recipe, given)
     regularizers = [*made, *zeros.held(run.recipe, is_cut=what.before is not None)]
     model = run.on_device(model)
-    outcome, begun = train.Outcome(), list[dict[str, Any]]()
+    outcome, strong = train.Outcome(), list[dict[str, Any]]()
     try:
         fixed = _attach(run, model, groups, regularizers, what.before)
         if what.epochs:
@@ -77,7 +77,9 @@ def _round(run: Run, model: nn.Module, what: _Round) -> dict[str, Any]:
                 run.settings(what.name, what.epochs), penalty_share=run.recipe.prune.penalty_share, fixed=fixed
             )
             outcome = run.train(model, settings, regularizers, teacher(run) if what.before is not None else None)
-            begun = _strengths(run, what.name, outcome.strengths, fixed)
+            strong = begun(_names(run.recipe), outcome.strengths, fixed, run.recipe.prune.penalty_share)
+            for strength in strong:
+                run.emit(Event(what.name, strength_words(strength)))
         scores = _worth(run, model, groups, regularizers)
         strengths = [numbers(regularizer.state_dict()) for regularizer in made]
         log = zeros.density_log(made)
@@ -98,26 +100,11 @@ def _round(run: Run, model: nn.Module, what: _Round) -> dict[str, Any]:
         "plan": cut,
         "density_log": log,
         "lambda_log": outcome.lambda_log,
-        "strengths": begun,
+        "strengths": strong,
         "history": [{"phase": what.name, **line} for line in outcome.history],
         "regularizers": strengths,
         "val_top1": {"trained": outcome.last_top1 if what.epochs else None, "cut": top1},
     }
-
-
-def _strengths(
-    run: Run, phase: str, values: Sequence[Mapping[str, float]], fixed: frozenset[int]
-) -> list[dict[str, Any]]:
-    """What each penalty of the recipe began with, and the share of the task loss it was calibrated to, if it was."""
-    share = run.recipe.prune.penalty_share
-    found = [
-        {"name": name, "share": None if place in fixed else share, "values": dict(begun)}
-        for place, (name, begun) in enumerate(zip(_names(run.recipe), values, strict=False))
-        if begun
-    ]
-    for strength in found:
-        run.emit(Event(phase, strength_words(strength)))
-    return found
 
 
 def _worth(run: Run, model: nn.Module, groups: Sequence[Group], regularizers: Sequence[Regularizer]) -> Scores:
@@ -204,19 +191,16 @@ def _attach(
         except ValueError as error:
             raise PruneError(f"{type(regularizer).__name__} cannot watch this network: {error}") from error
     for regularizer, kept in zip(regularizers, before or (), strict=False):
-        strengths = {name: value for name, value in kept.items() if name != "step"}  # what is counted begins anew
+        strengths = {name: value for name, value in kept.items() if name not in COUNTERS}  # what is counted begins anew
         regularizer.load_state_dict({**regularizer.state_dict(), **strengths})
     if before is None and prune.strength is not None:
         for regularizer in regularizers:
             regularizer.scale_penalty(prune.strength)
     if before is not None or prune.strength is not None:
         return frozenset(range(len(regularizers)))
-    names = _names(run.recipe)
-    named = [prune.options.get(name, {}).keys() for name in names]
+    named = (prune.options.get(name, {}) for name in _names(run.recipe))
     return frozenset(
-        i
-        for i, regularizer in enumerate(regularizers)
-        if names[i] in SPARSE_TRAINING or named[i] & numbers(regularizer.state_dict()).keys()
+        i for i, (one, options) in enumerate(zip(regularizers, named, strict=False)) if is_given(one, options)
     )
 
 

@@ -14,7 +14,10 @@ from compress.regularize.growing_reg import GrowingReg as GrowingReg
 from compress.regularize.halo import Halo as Halo
 from compress.regularize.keep_zeros import KeepZeros as KeepZeros
 from compress.regularize.lasso import Lasso as Lasso
+from compress.regularize.protocol import COUNTERS as COUNTERS
 from compress.regularize.protocol import Regularizer as Regularizer
+from compress.regularize.protocol import begun as begun
+from compress.regularize.protocol import is_given as is_given
 from compress.regularize.protocol import lambdas as lambdas
 from compress.regularize.protocol import numbers as numbers
 from compress.regularize.rigl import Rigl as Rigl

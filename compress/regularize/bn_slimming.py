@@ -13,6 +13,7 @@ from compress.groups import Group
 from compress.groups.parts import layer_mean, scales
 from compress.regularize.channels import filter_sizes
 from compress.regularize.closed import closed
+from compress.regularize.options import above, check
 
 
 class BnSlimming:
@@ -22,7 +23,10 @@ class BnSlimming:
         strength: 1e-4, the paper's for CIFAR.
     """
 
+    STRENGTHS = ("strength",)
+
     def __init__(self, *, strength: float = 1e-4) -> None:
+        check(strength=above(strength))
         self.strength = strength
         self._scales: list[nn.Parameter] = []
         self._groups: tuple[Group, ...] = ()

@@ -17,6 +17,7 @@ from compress.groups import Group, Slice
 from compress.groups.parts import layers
 from compress.regularize.cka import LEAST, centred, channel_grams, cka, gram, leave_one_out
 from compress.regularize.features import feature_modules, first_tensor, head
+from compress.regularize.options import above, check, whole
 
 MEMORY = 10  # observations over which the score is averaged (ours): one has the spread of 16 images
 
@@ -51,11 +52,10 @@ class CkaSr:
         period: steps from one look to the next, 5 in the paper.
     """
 
+    STRENGTHS = ("beta",)
+
     def __init__(self, *, beta: float = 1e-4, samples: int = 16, period: int = 5) -> None:
-        if beta <= 0 or samples < LEAST or period < 1:
-            raise ValueError(
-                f"beta {beta}, samples {samples} or period {period} out of range (samples: {LEAST} at least)"
-            )
+        check(beta=above(beta), samples=whole(samples, LEAST), period=whole(period, 1))
         self.beta, self.samples, self.period = beta, samples, period
         self._step = 0  # steps of the optimiser so far
         self._seen: list[_Seen] = []  # of the present forward pass, in order
@@ -70,6 +70,7 @@ class CkaSr:
         watched = feature_modules(model)
         if not watched:
             raise UsageError("cka-sr compares residual blocks or activation modules, and this network has neither")
+        self.detach()
         self._groups = tuple(groups)
         self._readers = {}
         for group in groups:
@@ -86,7 +87,8 @@ class CkaSr:
         """Of the last forward pass in training mode, shape (); 0 on the steps between two looks.
 
         Raises:
-            UsageError: fewer than 4 images in the batch, or no stage has two features of equal shape.
+            UsageError: fewer than 4 images in the first batch (later such batches are passed over), or no stage has two
+                features of equal shape.
         """
         if not self._is_due():
             return torch.zeros(())
@@ -95,6 +97,8 @@ class CkaSr:
         if not features:
             raise UsageError("cka-sr has seen no features: call penalty() after a forward pass in training mode")
         if len(features[0]) < LEAST:
+            if self._looks:  # the last batch of an epoch
+                return torch.zeros(())
             raise UsageError(
                 f"cka-sr needs at least {LEAST} images in a batch, this one has {len(features[0])}: drop the last batch"
             )

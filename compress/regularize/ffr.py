@@ -17,6 +17,7 @@ from compress.groups.parts import norm_behind, rows, weights
 from compress.regularize.closed import closed
 from compress.regularize.features import ACTIVATIONS, feature_modules, first_tensor, head
 from compress.regularize.flow import Flow
+from compress.regularize.options import check, one_of, whole
 
 
 class Ffr:
@@ -39,6 +40,8 @@ class Ffr:
         period: steps from one look of `flow` to the next (ours: the 5 of CKA-SR).
     """
 
+    STRENGTHS = ("k1", "k2")
+
     def __init__(
         self,
         *,
@@ -53,8 +56,11 @@ class Ffr:
     ) -> None:
         if min(k1, k2) < 0 or k1 + k2 == 0:
             raise ValueError(f"k1 = {k1} and k2 = {k2} must be at least 0, and one of them above it")
-        if score not in ("folded", "flow") or period < 1:
-            raise ValueError(f"score = {score!r} must be folded or flow, and period = {period} at least 1")
+        check(
+            norm=one_of(norm, "l1", "l2"), curvature=one_of(curvature, "second-difference", "angle"),
+            align=one_of(align, "skip", "pad"), score=one_of(score, "folded", "flow"), period=whole(period, 1),
+            samples=(None, True, "") if samples is None else whole(samples, 1),
+        )  # fmt: skip
         self.k1, self.k2 = k1, k2
         self.norm, self.curvature, self.align, self.samples = norm, curvature, align, samples
         self.score, self.period = score, period
@@ -68,6 +74,7 @@ class Ffr:
 
     def attach(self, model: nn.Module, groups: Sequence[Group]) -> None:
         """Watch the features of `model`; `groups` are those that `scores` speaks of."""
+        self.detach()
         self._model, self._groups = model, tuple(groups)
         watched = feature_modules(model)
         if not watched:
@@ -81,7 +88,13 @@ class Ffr:
         return ()
 
     def penalty(self) -> Tensor:
-        """Length and curvature of the features of the last forward pass in training mode, shape ()."""
+        """Length and curvature of the features of the last forward pass in training mode, shape ().
+
+        0 where no two features of equal shape follow each other.
+
+        Raises:
+            UsageError: there was no such pass.
+        """
         if not self._features:
             raise UsageError("ffr has seen no features: call penalty() after a forward pass in training mode")
         if self._flow is not None:

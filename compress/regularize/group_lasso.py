@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from compress.groups import Group
 from compress.regularize.channels import Channels, channels
 from compress.regularize.closed import closed
+from compress.regularize.options import above, check
 
 
 class GroupLasso:
@@ -23,7 +24,10 @@ class GroupLasso:
         strength: 1e-5 (ours: about a tenth of the loss of guessing for ResNet-20; `scale_penalty` changes it).
     """
 
+    STRENGTHS = ("strength",)
+
     def __init__(self, *, strength: float = 1e-5) -> None:
+        check(strength=above(strength))
         self.strength = strength
         self._channels: Channels | None = None
 

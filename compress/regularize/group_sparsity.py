@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from compress.groups import Group
 from compress.regularize.channels import Channels, channels
 from compress.regularize.closed import closed
+from compress.regularize.options import above, at_least, check
 
 
 class GroupSparsity:
@@ -26,7 +27,10 @@ class GroupSparsity:
         alpha: 4, the paper's: the weakest channel is pulled 16 times as hard as the strongest.
     """
 
+    STRENGTHS = ("strength",)
+
     def __init__(self, *, strength: float = 5e-4, alpha: float = 4.0) -> None:
+        check(strength=above(strength), alpha=at_least(alpha))
         self.strength, self.alpha = strength, alpha
         self._channels: Channels | None = None
 

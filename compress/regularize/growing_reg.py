@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from compress.groups import Group
 from compress.regularize.channels import Channels, channels, filter_sizes
 from compress.regularize.closed import closed
+from compress.regularize.options import above, at_least, between, check, whole
 
 
 class GrowingReg:
@@ -28,9 +29,12 @@ class GrowingReg:
         share: share of each group's channels that are chosen (ours: 0.5; the paper sets one per layer).
     """
 
+    STRENGTHS = ("growth",)
+
     def __init__(self, *, growth: float = 1e-4, interval: int = 10, ceiling: float = 1.0, share: float = 0.5) -> None:
-        if not (growth > 0 and interval >= 1 and ceiling >= growth and 0 < share < 1):
-            raise ValueError(f"growth {growth}, interval {interval}, ceiling {ceiling} or share {share} out of range")
+        check(
+            growth=above(growth), interval=whole(interval, 1), ceiling=at_least(ceiling, growth), share=between(share)
+        )
         self.growth, self.interval, self.ceiling, self.share = growth, interval, ceiling, share
         self._step = 0
         self._channels: Channels | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,18 +11,23 @@ from torch import Tensor, nn
 
 from compress.groups import Group
 from compress.groups.parts import rows, weights
-from compress.regularize.channels import Channels, channels, conv_parameters, maskable
+from compress.regularize.channels import Channels, channels, conv_parameters, filter_sizes, maskable
 from compress.regularize.closed import closed
+from compress.regularize.options import above, at_least, check, one_of
 
+log = logging.getLogger(__name__)
+PATIENCE = (
+    100  # steps after which a lambda that has not moved is spoken of: past any warm-up that is too slow to move it
+)
 GUARD = 1e-4  # below every value lambda reaches; without it 1 / lambda^3 spikes when a dead weight revives
 
 
 class Halo:
     """xi * sum_j u_j / lambda_j^2 + psi * | sum_j |lambda_j| - target |   (equation 3 of the paper).
 
-    `u_j` is |w_j| for each convolution parameter (granularity `weight`, the paper's) or sqrt(n_g) * ||w_g||_2 for each
-    channel group (granularity `filter`, ours: what removing filters needs), w_g being all weights of convolutions and
-    hidden linear layers that make or read the channel, n_g their number.
+    `u_j` is |w_j| for each convolution parameter and whatever else `maskable` names (granularity `weight`, the paper's)
+    or sqrt(n_g) * ||w_g||_2 for each channel group (granularity `filter`, ours: what removing filters needs), w_g being
+    all weights of convolutions and hidden linear layers that make or read the channel, n_g their number.
 
     Solver `sgd` is the paper's: lambda starts at 1 and is trained by the same optimiser as the weights, *with weight
     decay*. The decay is what moves it: lambda settles at (2 xi u / decay)^(1/4), which makes the profiled penalty
@@ -35,6 +41,8 @@ class Halo:
         lambda_weight_decay: the optimiser's decay on lambda; for `sgd`, give `parameters()` this decay.
     """
 
+    STRENGTHS = ("xi",)
+
     def __init__(
         self,
         *,
@@ -45,8 +53,11 @@ class Halo:
         solver: Literal["closed-form", "sgd"] = "closed-form",
         granularity: Literal["filter", "weight"] = "filter",
     ) -> None:
-        if not ((xi > 0 and psi >= 0 and lambda_weight_decay > 0) or (solver == "sgd" and lambda_weight_decay == 0)):
-            raise ValueError("xi and lambda_weight_decay must be positive and psi at least 0")
+        decay = at_least(lambda_weight_decay) if solver == "sgd" else above(lambda_weight_decay)
+        check(
+            solver=one_of(solver, "closed-form", "sgd"), granularity=one_of(granularity, "filter", "weight"),
+            xi=above(xi), psi=at_least(psi), target=at_least(target), lambda_weight_decay=decay,
+        )  # fmt: skip
         self.xi, self.psi, self.target = xi, psi, target
         self.lambda_weight_decay = lambda_weight_decay
         self.solver, self.granularity = solver, granularity
@@ -55,6 +66,7 @@ class Halo:
         self._groups: tuple[Group, ...] = ()
         self._model: nn.Module | None = None
         self._lambda: nn.Parameter | None = None
+        self._steps = 0  # since it was attached, or taken up again
         self._orders: list[tuple[int, ...]] = []  # axes of each tensor as they lie in memory when attached (weight)
 
     def attach(self, model: nn.Module, groups: Sequence[Group]) -> None:
@@ -64,10 +76,10 @@ class Halo:
             self._channels = channels(model, groups)
             self._tensors = self._channels.tensors
         else:
-            self._tensors = tuple(conv_parameters(model)) or tuple(maskable(model).values())
+            self._tensors = tuple(dict.fromkeys([*conv_parameters(model), *maskable(model).values()]))
             self._orders = [_order(t) for t in self._tensors]
         if self.solver == "sgd":
-            self._lambda = nn.Parameter(torch.ones_like(self.sizes()))
+            self._lambda, self._steps = nn.Parameter(torch.ones_like(self.sizes())), 0
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return [self._lambda] if self._lambda is not None else []
@@ -79,9 +91,17 @@ class Halo:
         return self._by_weight() if self._lambda is None else self._by_weight_and_lambda(self._lambda)
 
     def after_step(self) -> None:
-        if self._lambda is not None:
-            with torch.no_grad():
-                self._lambda.clamp_(min=GUARD)
+        """Keep a trained lambda above zero, and say so where nothing trains it."""
+        if self._lambda is None:
+            return
+        with torch.no_grad():
+            self._lambda.clamp_(min=GUARD)
+        self._steps += 1
+        if self._steps == PATIENCE and bool((self._lambda == 1).all()):
+            log.warning(
+                "lambda is still 1 everywhere after %d steps, and nothing is adaptive: give halo.parameters() to the "
+                "optimiser, with weight_decay=%g", PATIENCE, self.lambda_weight_decay,
+            )  # fmt: skip
 
     def scores(self) -> Mapping[str, Tensor]:
         """Ours: magnitude over its learned shrinkage.
@@ -125,11 +145,11 @@ class Halo:
         laid = {id(t): part.view_as(t) for t, part in zip(self._tensors, parts, strict=True)}
         found: dict[str, Tensor] = {}
         for group in self._groups:
-            total = worth.new_zeros(group.size)
-            for part, tensor in weights(self._model, group):
-                if id(tensor) in laid:
-                    total += rows(laid[id(tensor)], part, group.size).sum(1)
-            found[group.name] = total.float().cpu()
+            own = [(part, laid[id(tensor)]) for part, tensor in weights(self._model, group) if id(tensor) in laid]
+            if not own:  # made by layers that are not penalised: by size, as every other method would
+                found[group.name] = filter_sizes(self._model, group).float().cpu()
+                continue
+            found[group.name] = torch.stack([rows(t, part, group.size).sum(1) for part, t in own]).sum(0).float().cpu()
         return found
 
     def detach(self) -> None:
@@ -150,7 +170,7 @@ class Halo:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.xi, self.psi = float(state["xi"]), float(state["psi"])
-        if self._lambda is not None:
+        if self._lambda is not None and "lambda" in state:
             with torch.no_grad():
                 if self._channels is not None:
                     self._lambda.copy_(state["lambda"])

@@ -9,27 +9,34 @@ import torch
 from torch import Tensor, nn
 
 from compress.groups import Group
-from compress.regularize.channels import conv_parameters, filter_sizes
+from compress.regularize.channels import conv_parameters, filter_sizes, maskable
 from compress.regularize.closed import closed
+from compress.regularize.options import above, check
 
 
 class Lasso:
-    """strength * sum_j |w_j| over every convolution weight (not biases, norms or the classifier).
+    """strength * sum_j |w_j| over all convolution weights and what else `maskable` names: no bias, norm or classifier.
 
     Args:
         strength: 1e-5 (ours: about a tenth of the loss of guessing for ResNet-20; `scale_penalty` changes it).
     """
 
+    STRENGTHS = ("strength",)
+
     def __init__(self, *, strength: float = 1e-5) -> None:
+        check(strength=above(strength))
         self.strength = strength
         self._weights: list[nn.Parameter] = []
         self._groups: tuple[Group, ...] = ()
         self._model: nn.Module | None = None
 
     def attach(self, model: nn.Module, groups: Sequence[Group]) -> None:
-        """Hold the convolution weights of `model` (all matrices where it has no convolution)."""
-        found = conv_parameters(model, ("weight",))
-        self._weights = found or [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+        """Hold the convolution weights of `model`, and the linear ones where `maskable` names them.
+
+        Raises:
+            ValueError: there is no such weight.
+        """
+        self._weights = list(dict.fromkeys([*conv_parameters(model, ("weight",)), *maskable(model).values()]))
         self._model, self._groups = model, tuple(groups)
 
     def parameters(self) -> Iterable[nn.Parameter]:

@@ -18,9 +18,9 @@ class Masks:
 
     While watched, a hook before every optimiser's step multiplies the gradients of this network by the masks: after
     the ranks of a distributed run have agreed on them, and before the hooks of the optimiser itself (a norm that is
-    clipped there is the masked gradient's). With weight, gradient and state at 0, steps of SGD and Adam leave a dead
-    weight at 0, so that nothing remains to be done after them. An optimiser that works its gradients out during the
-    step (LBFGS) needs an `apply` after each.
+    clipped there is the masked gradient's). A step that is given a closure works its gradients out itself; there they
+    are masked as the closure returns. With weight, gradient and state at 0, no step moves a dead weight, so that
+    nothing remains to be done after it.
 
     Args:
         tensors: name -> the masked parameter.
@@ -60,10 +60,23 @@ class Masks:
         self._look = look
         own = weakref.ref(self)
 
-        def hook(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        def mask(optimizer: Optimizer) -> None:
             masks = own()
             if masks is not None:
                 masks._before_step(optimizer)
+
+        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimiser
+            if closure is None:
+                mask(optimizer)
+                return None
+
+            def masked() -> Any:
+                loss = closure()
+                mask(optimizer)
+                return loss
+
+            return args[:1], {**kwargs, "closure": masked}
 
         self._hook = weakref.finalize(self, register_optimizer_step_pre_hook(hook).remove)
         self._hook.atexit = False

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from compress.groups import Group
 
+COUNTERS = frozenset({"step", "looks"})  # numbers of a state that are no strength
 Scores = Mapping[str, Tensor]  # group name -> (size,) float32 on the CPU; larger = keep
 
 
 def numbers(state: Mapping[str, Any]) -> dict[str, float]:
     """The plain numbers of a regulariser's state: its strengths and counters, as JSON takes them."""
     return {name: value for name, value in state.items() if isinstance(value, int | float)}
+
+
+def begun(
+    names: Iterable[str], values: Iterable[Mapping[str, float]], fixed: Container[int], share: float | None
+) -> list[dict[str, Any]]:
+    """What each penalty begins with, and the share of the task loss it was calibrated to, unless its place is fixed."""
+    return [
+        {"name": name, "share": None if place in fixed else share, "values": own}
+        for place, (name, found) in enumerate(zip(names, values, strict=False))
+        if (own := {key: value for key, value in found.items() if key not in COUNTERS})
+    ]
+
+
+def is_given(regularizer: Regularizer, options: Iterable[str]) -> bool:
+    """Whether the strength is not to be calibrated: `options` name it, or the method has none.
+
+    A method's own strengths are named in its STRENGTHS; of another class, every plain number of the state is one.
+    """
+    own = set(regularizer.STRENGTHS if hasattr(regularizer, "STRENGTHS") else numbers(regularizer.state_dict()))
+    return not own or not own.isdisjoint(options)
 
 
 def lambdas(regularizers: Iterable[Regularizer]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from compress.groups import Group
 from compress.regularize.channels import filter_sizes, maskable
 from compress.regularize.densities import Initial, floors, layer_counts
 from compress.regularize.masks import Masks
+from compress.regularize.options import at_least, between, check, one_of, whole
 from compress.regularize.topology import (
     Drop,
     at_random,
@@ -42,8 +43,7 @@ class Start:
     classifier: bool = False
 
     def __post_init__(self) -> None:
-        if self.weights not in ("magnitude", "random"):
-            raise ValueError(f"weights = {self.weights!r}; allowed are magnitude and random")
+        check(weights=one_of(self.weights, "magnitude", "random"))
 
     def masks(self, model: nn.Module, tensors: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -70,20 +70,11 @@ class Updates:
     across: bool
 
     def __post_init__(self) -> None:
-        wrong = [
-            f"{name} = {getattr(self, name)!r}"
-            for name, is_right in (
-                ("steps", self.steps is None or self.steps >= 0),
-                ("interval", self.interval >= 1),
-                ("fraction", 0 < self.fraction < 1),
-                ("end", 0 < self.end <= 1),
-                ("drop", self.drop in ("layer", "global")),
-                ("rho", 0 <= self.rho <= 1),
-            )
-            if not is_right
-        ]
-        if wrong:
-            raise ValueError(f"{wrong[0]} is out of range")
+        check(
+            steps=at_least(0 if self.steps is None else self.steps), interval=whole(self.interval, 1),
+            fraction=between(self.fraction), end=(self.end, 0 < self.end <= 1, "above 0 and at most 1"),
+            drop=one_of(self.drop, "layer", "global"), rho=(self.rho, 0 <= self.rho <= 1, "0 to 1"),
+        )  # fmt: skip
 
     @property
     def end_step(self) -> float | None:
@@ -110,6 +101,8 @@ class SparseTraining:
     run makes the same ones; where several processes train, the first one's masks are everybody's.
     """
 
+    STRENGTHS = ()
+
     def __init__(self, start: Start, updates: Updates | None = None) -> None:
         self.start, self.updates = start, updates
         self.density_log: list[tuple[int, dict[str, float]]] = []  # (step, layer -> share of its weights alive)
@@ -119,6 +112,7 @@ class SparseTraining:
         self._step, self._total = 0, 0
         self._lowest: dict[str, int] = {}
         self._gathered: dict[str, Tensor] = {}
+        self._whole: dict[str, Tensor] = {}  # the weights before they were thinned, until the first step
 
     @property
     def masks(self) -> Masks:
@@ -137,6 +131,7 @@ class SparseTraining:
         ranks.from_first(alive.values())
         self.detach()
         self._model, self._groups, self._lowest = model, tuple(groups), floors(model, tensors)
+        self._whole = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self._masks, self._step, self._gathered = Masks(tensors, alive), 0, {}
         self._total = self._masks.alive_count()
         self.density_log = [(0, self._masks.density())]
@@ -157,7 +152,7 @@ class SparseTraining:
 
     def after_step(self) -> None:
         """Count the optimiser's step, and change the topology when that is due."""
-        self._step += 1
+        self._step, self._whole = self._step + 1, {}
         if self.updates is not None and self.updates.is_due(self._step):
             self._update(self.updates)
 
@@ -171,7 +166,7 @@ class SparseTraining:
         """Let go of the optimisers; the zeros stay where they are, until someone trains them."""
         if self._masks is not None:
             self._masks.release()
-        self._masks, self._model, self._groups, self._gathered = None, None, (), {}
+        self._masks, self._model, self._groups, self._gathered, self._whole = None, None, (), {}, {}
 
     def scale_penalty(self, factor: float) -> None:
         """There is no penalty to scale."""
@@ -184,13 +179,23 @@ class SparseTraining:
             "progress": {"step": self._step, "density_log": [[step, dict(d)] for step, d in self.density_log]},
         }
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; the network's own may be loaded before `attach` or after it.
+
+        Raises:
+            UsageError: the state is that of another density.
+        """
         count = sum(int(mask.sum()) for mask in state["masks"].values())
         if count != self._total:
             raise UsageError(
                 f"the state has {count} living weights, where density {self.start.density} asks for {self._total}; "
                 "give the density that it was begun with"
             )
+        for name, weight in self._whole.items():  # attaching has thinned by other masks than those of the state
+            held = self.masks.tensors[name]
+            if torch.equal(held, weight.where(self.masks.alive[name].to(weight.device), 0)):
+                held.copy_(weight)
         self.masks.load_state_dict(state["masks"])
         self._gathered = {n: g.to(self.masks.tensors[n], copy=True) for n, g in state["gathered"].items()}
         self._step = int(state["progress"]["step"])
