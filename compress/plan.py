@@ -45,6 +45,7 @@ def select(
     adapt: bool = False,
     allocation: Allocation = "balanced",
     floor: float = 0.0,
+    falls: Mapping[str, float] | None = None,
     limits: Mapping[str, float] = NO_LIMITS,
     branches: Sequence[Branch] = (),
 ) -> Plan:
@@ -59,6 +60,8 @@ def select(
         allocation: how layers compete, a key of ALLOCATIONS.
         floor: no group keeps less than this share, 0 to 1, of what a cut by rule to `keep` would leave it.
             Guards a global ranking against layers of one channel.
+        falls: group name -> how fast it shrinks, as `allocation.powers` says of this network (None) or of the one that
+            it was before an earlier cut: several cuts then lead to the widths of one.
         limits: group name -> the least share of its channels, 0 to 1, that it keeps whatever the target, such as
             `sensitivity.limits` gives. Others keep at least one channel.
         branches: those that may leave as a whole, where `keep` is out of reach in blocks of `round_to` (`adapt`: of
@@ -89,7 +92,7 @@ def select(
     free = [group for group in groups if group.frozen is None]
     here = min(1.0, keep * whole / total)
     widths = Widths(groups, costs, metric)
-    falls = powers(free, costs, widths, allocation)
+    falls = powers(free, costs, widths, allocation) if falls is None else {g.name: falls[g.name] for g in free}
     share = {name: here**power for name, power in falls.items()}
     blocks = {group.name: block_of(group, round_to, share[group.name] if adapt else None) for group in free}
     least = {g.name: max(floor * share[g.name], limits.get(g.name, 0.0)) for g in free}

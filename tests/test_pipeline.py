@@ -105,9 +105,9 @@ def test_auto_cuts_once_for_each_halving_and_leaves_half_of_the_training_for_the
         return epochs(make({"model": {"path": "x"}, "prune": values, "train": {"epochs": count}}), 100, keep)
 
     assert spent(1, 5) == spent(0.5, 5) == ([0], 5)
-    assert spent(0.26, 5) == ([0], 5)
-    assert spent(0.25, 5) == spent(0.15, 5) == ([0, 1], 4)
-    assert spent(0.1, 5) == spent(0.05, 5) == ([0, 1, 1], 3)  # four cuts would leave two epochs of five
+    assert spent(0.4, 5) == ([0], 5)
+    assert spent(0.3, 5) == ([0, 1], 4)
+    assert spent(0.15, 5) == spent(0.05, 5) == ([0, 1, 1], 3)  # four cuts would leave two epochs of five
     assert spent(0.05, 60) == ([0, 8, 8, 8], 36)
     assert spent(0.15, 5, method="halo") == ([2, 1], 2)
     assert spent(0.15, 5, method="ggr") == ([2], 3) and spent(0.15, 5, redraw=True) == ([0], 5)

@@ -13,6 +13,7 @@ import torch
 
 from compress import cost, train
 from compress.aim import dense_latency
+from compress.allocation import powers
 from compress.data import Loader
 from compress.errors import UsageError
 from compress.groups import Group, trace
@@ -52,13 +53,13 @@ def epochs(recipe: Recipe, steps_per_epoch: int, keep: float) -> tuple[list[int]
 
 
 def _rounds(prune: PrunePart, keep: float, count: int) -> int:
-    """A cut for each whole halving, while half of the `count` epochs after the first are left for the end. [ours]
+    """A cut for each halving, while half of the `count` epochs after the first are left for the end. [ours]
 
     One where the weights are drawn anew, or where training holds the target's density from its first step.
     """
     if prune.redraw or prune.method in SPARSE_TRAINING:
         return 1
-    halvings = max(1, int(-math.log2(keep) + 1e-9))
+    halvings = max(1, round(-math.log2(keep)))
     return next(n for n in range(halvings, 0, -1) if 2 * (n - 1) * _between(count, n) <= count)
 
 
@@ -83,8 +84,11 @@ def prepare(run: Run) -> dict[str, Any]:
     keep = timing.share(run.recipe, dense_ms)
     if run.recipe.prune.sensitivity:
         run.write("sensitivity.json", read(Path(run.recipe.prune.sensitivity)).model_dump(mode="json"))
+    falls: dict[str, float] = {}
     if not zeros.is_fine(run.recipe):
-        _check_reach(run, groups, timing.priced(run, costs, dense_ms or 0.0, groups), keep)
+        prices = timing.priced(run, costs, dense_ms or 0.0, groups)
+        _check_reach(run, groups, prices, keep)
+        falls = _falls(run.recipe, groups, prices)
     accuracy, loss = run.evaluate(copy.deepcopy(run.dense))  # the dense network stays where it is
     loader = run.loader(run.data.train, train=True)
     sparse, recover = epochs(run.recipe, len(loader), keep)
@@ -93,6 +97,7 @@ def prepare(run: Run) -> dict[str, Any]:
         "dense": {**counted, "val_top1": accuracy, "val_loss": loss},
         "keep": keep,
         "beside_weights": beside,
+        "falls": falls,
         "widths": {group.name: group.size for group in groups},
         "layers": {group.name: _writers(group) for group in groups},
         "frozen": {group.name: group.frozen for group in groups if group.frozen},
@@ -114,6 +119,12 @@ def _check_reach(run: Run, groups: Sequence[Group], costs: cost.Costs, keep: flo
     even, whole = {group.name: torch.ones(group.size) for group in groups}, costs.total(run.recipe.prune.metric)
     found, may_leave = sensitivity_of(run), branches_of(run, run.dense)
     select_as(run.recipe, groups, even, costs, keep=keep, whole=whole, found=found, may_leave=may_leave)
+
+
+def _falls(recipe: Recipe, groups: Sequence[Group], costs: cost.Costs) -> dict[str, float]:
+    """How fast each group shrinks with the target: later cuts go by the dense network's prices, too."""
+    free, metric = [group for group in groups if group.frozen is None], recipe.prune.metric
+    return powers(free, costs, cost.Widths(groups, costs, metric), recipe.prune.allocation)
 
 
 def _beside_weights(run: Run, costs: cost.Costs) -> float:

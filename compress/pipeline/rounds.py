@@ -123,6 +123,7 @@ def _cut(run: Run, model: nn.Module, groups: Sequence[Group], scores: Scores, wh
 
     def choose() -> dict[str, Any]:
         given = {"found": sensitivity_of(run), "may_leave": branches_of(run, model), "whole": whole}
+        given["falls"] = None if what.before is None else run.prepared["falls"]
         prices = timing.priced(run, costs, whole)
 
         def at(share: float) -> Plan:

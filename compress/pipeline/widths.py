@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +33,7 @@ def select_as(
     whole: float,
     found: Sensitivity | None,
     may_leave: Sequence[Branch] = (),
+    falls: Mapping[str, float] | None = None,
 ) -> Plan:
     """plan.select as the recipe says, for a share `keep` of the dense cost `whole`, under the limits of `found`."""
     prune = recipe.prune
@@ -52,6 +53,7 @@ def select_as(
         adapt=prune.round_to == "auto",
         allocation=prune.allocation,
         floor=prune.floor,
+        falls=falls,
         limits=limits(found, groups, max_drop=drop, max_distortion=prune.max_group_distortion) if found else NO_LIMITS,
         branches=may_leave,
     )
