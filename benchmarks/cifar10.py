@@ -3,10 +3,11 @@
     python benchmarks/cifar10.py --checkpoints DIR --data DIR [--table filters] [--keep 0.3] ...
 
 Every row starts from the same dense checkpoint (fine-tuned here once, for `--epochs` epochs), trains the same number of
-epochs on the same images, is selected on the validation split and reads the test split once. A finished run stands in
-benchmarks/results/cifar10-TABLE-CONDITIONS.jsonl with its seed, data hash, versions and figures, and is not made
-again; an unfinished one is resumed at its last epoch. `--jobs 2 --threads 1` on two cores trains more images a second
-than one run with two threads. Latencies are not taken from here: the machine is busy.
+epochs on the same images, cuts once (`prune.rounds=1`) unless its options say otherwise, is selected on the validation
+split and reads the test split once. A finished run stands in benchmarks/results/cifar10-TABLE-CONDITIONS.jsonl with its
+seed, data hash, versions and figures, and is not made again; an unfinished one is resumed at its last epoch.
+`--jobs 2 --threads 1` on two cores trains more images a second than one run with two threads. Latencies are not taken
+from here: the machine is busy.
 `--only-table` rewrites the table alone.
 """
 
@@ -42,6 +43,8 @@ FILTERS: dict[str, tuple[str, ...]] = {
     "group-sparsity": ("--method", "group-sparsity"),
     "growing-reg": ("--method", "growing-reg"),
     "random": ("--method", "random"),
+    "l2, several cuts": ("--method", "l2", "--set", "prune.rounds=auto"),
+    "halo, several cuts": ("--method", "halo", "--set", "prune.rounds=auto"),
     # ways to mend the four, see LOG.md
     "halo, penalty_share 300": ("--method", "halo", "--set", "prune.penalty_share=300"),
     "halo, one sparse epoch of five": ("--method", "halo", "--set", "train.sparse_share=0.2"),
@@ -144,6 +147,8 @@ class Job:
                 f"data.val_share={bench.val_share}",
                 "--round-to",
                 "1",
+                "--set",
+                "prune.rounds=1",
                 "--device",
                 "cpu",
                 "--out",

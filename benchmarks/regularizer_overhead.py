@@ -9,8 +9,8 @@ mean step without it (medians where every step does the same), and a row holds t
 A method that acts at the end of a period too long to measure runs with a short one; its quiet steps are then counted as
 often as the true period has them (PERIODS).
 
-Memory: the peak of a fresh process that takes two steps, above that of one without a regulariser; and the bytes of
-the tensors that the regulariser holds, its parameters' gradients and momenta included.
+Memory: the peak of a fresh process that takes the steps of a period, above that of one without a regulariser; and the
+most bytes of tensors that the regulariser holds meanwhile, its parameters' gradients and momenta included.
 
 Every row is written as it ends to benchmarks/results/regularizer_overhead-<conditions>.jsonl, and skipped when it is
 there. The last line of stdout is JSON; the exit code is 1 when a method is over its bar.
@@ -236,16 +236,18 @@ def in_fresh_process(given: argparse.Namespace, arch: str, name: str) -> dict[st
 
 
 def memory(given: argparse.Namespace) -> dict[str, int]:
-    """The peak of two steps in this process, and what the regulariser holds after them."""
+    """The peak of a period's steps (two at least) in this process, and the most that the regulariser holds in them."""
     arch, name = given.arch[0], given.method[0]
     groups, device = traced(arch), accelerator(given.device)
     loop = Loop(arch, given.batch, device, None if name == "plain" else (shortened(name), groups))
-    for _ in range(2):
+    held = []
+    for _ in range(max(2, PERIODS[name].measured if name in PERIODS else 1)):
         loop()
+        held.append(loop.state_bytes())
     on_gpu = device.device.type == "cuda"
     return {
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_bytes(),
-        "state_bytes": loop.state_bytes(),
+        "state_bytes": max(held),
         "weight_bytes": sum(p.nbytes for p in loop.model.parameters()),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,7 @@ def test_train_goes_on_from_a_checkpoint_with_a_penalty_beside(tmp_path) -> None
     assert result.exit_code == 0, result.stderr
     tensors, dense = checkpoint.read(out).tensors, checkpoint.read(Path(MODEL)).tensors
     assert "density 0.3: " in result.stderr and "places changed 0 times" in result.stderr
+    assert re.search(r"lasso: strength \S+; calibrated to 10.0 % of the task loss", result.stderr), result.stderr
     name = "layer3.2.conv2.weight"
     kept = tensors[name] != 0
     assert dense[name][kept].abs().min() >= dense[name][~kept].abs().max()

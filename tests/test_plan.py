@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from compress.allocation import ALLOCATIONS
+from compress.allocation import ALLOCATIONS, powers
 from compress.checkpoint import ModelInfo, load_into, read, save
 from compress.cost import METRICS, Costs, Widths, measure
 from compress.errors import PruneError, TargetError, UsageError
@@ -110,6 +110,21 @@ def test_uniform_keeps_like_shares_and_more_of_what_many_layers_share(resnet) ->
     shares = {name: len(kept) / sizes[name] for name, kept in plan.kept.items()}
     for part, power in ((trunk, 0.25), (shares.keys() - trunk, 0.75)):
         assert all(abs(shares[name] - 0.3**power) < 0.07 for name in part)
+
+
+@pytest.mark.parametrize("allocation", ["balanced", "uniform"])
+def test_several_cuts_lead_to_the_widths_of_one(resnet, allocation: str) -> None:
+    dense, groups, costs = resnet
+    falls = powers([g for g in groups if g.frozen is None], costs, Widths(groups, costs, "params"), allocation)
+    given = {"allocation": allocation, "falls": falls, "whole": costs.total("params")}
+    one = select(groups, SCORES["l2"](dense, groups), costs, keep=0.15, allocation=allocation)
+    model = copy.deepcopy(dense)
+    for keep in (0.53, 0.28, 0.15):
+        traced = trace(model, X)
+        plan = select(traced, SCORES["l2"](model, traced), measure(model, X), keep=keep, **given)
+        apply(model, traced, plan)
+    assert 0.14 < plan.reached <= 0.15
+    assert all(abs(len(kept) - len(one.kept[name])) <= 1 for name, kept in plan.kept.items())
 
 
 def test_balanced_spends_on_cheap_channels_and_leaves_macs_even(resnet) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from compress.data import Loader, load, loader
 from compress.errors import DivergedError, PruneError, TrackerError, UsageError
 from compress.groups import trace
 from compress.regularize import REGULARIZERS, SPARSE_TRAINING
+from compress.regularize.make import make
 from compress.task import Classification
 from compress.train import Outcome, Progress, Settings, accelerator, evaluate, finetune, recalibrate, schedule
 from tests.nets import NETS
@@ -308,6 +312,35 @@ def test_another_training_does_not_go_on_from_a_state(batches, device, tmp_path)
     other = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
     with pytest.raises(UsageError, match="left by the training of another network"):
         finetune(other, *batches, settings, device=device, state=state)
+
+
+@pytest.mark.parametrize(
+    ("name", "begun", "asked", "words"),
+    [
+        ("ffr", {"norm": "l1"}, {"norm": "l2"}, "whose Ffr had norm = 'l1', not 'l2'"),
+        ("halo", {"solver": "sgd"}, {}, "whose Halo had solver = 'sgd', not 'closed-form'"),
+        (
+            "ggr",
+            {"density": 0.5, "interval": 3},
+            {"density": 0.5, "interval": 7},
+            r"whose Ggr had updates = .*interval=3",
+        ),
+        ("cka-sr", {"period": 2}, {"period": 2, "beta": 1.0}, ""),  # a strength is in the state
+    ],
+)
+def test_a_training_does_not_go_on_with_other_options(
+    name: str, begun: dict[str, Any], asked: dict[str, Any], words: str, batches, device, tmp_path: Path
+) -> None:
+    def phase(options: dict[str, Any]) -> None:
+        model = network()
+        (method,) = make({name: options}, {})
+        method.attach(model, trace(model, torch.randn(1, 3, 8, 8)))
+        settings = Settings(epochs=1, lr=0.01)
+        finetune(model, *batches, settings, device=device, regularizers=[method], state=tmp_path / "x.state")
+
+    phase(begun)
+    with pytest.raises(UsageError, match=words) if words else nullcontext():
+        phase(asked)
 
 
 def test_outputs_of_auxiliary_classifiers_do_not_count() -> None:

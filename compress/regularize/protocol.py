@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -36,6 +37,14 @@ def is_given(regularizer: Regularizer, options: Iterable[str]) -> bool:
     """
     own = set(regularizer.STRENGTHS if hasattr(regularizer, "STRENGTHS") else numbers(regularizer.state_dict()))
     return not own or not own.isdisjoint(options)
+
+
+def chosen(regularizer: Regularizer) -> dict[str, str]:
+    """The options that it was made with, by name, as text; strengths, which may have been calibrated, are left out."""
+    moving = {*getattr(regularizer, "STRENGTHS", ()), *numbers(regularizer.state_dict())}
+    options = {name: value for name, value in vars(regularizer).items() if name[0] != "_" and name not in moving}
+    plain = str | int | float | None
+    return {name: repr(value) for name, value in options.items() if isinstance(value, plain) or is_dataclass(value)}
 
 
 def lambdas(regularizers: Iterable[Regularizer]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from compress.data import Loader
 from compress.errors import DivergedError, PruneError, UsageError
 from compress.example import Example
 from compress.files import atomic_path
-from compress.regularize import Regularizer, lambdas, numbers
+from compress.regularize import Regularizer, chosen, lambdas, numbers
 from compress.train.device import seeded
 from compress.train.evaluate import evaluate, predict
 from compress.train.feed import Feed
@@ -218,6 +218,7 @@ class _Phase:
             "optimizer": self.optimizer.state_dict(),
             "regularizers": [r.state_dict() for r in self.regularizers],
             "kinds": [type(r).__name__ for r in self.regularizers],
+            "options": [chosen(r) for r in self.regularizers],
             "begun": self._begun(),
             "outcome": vars(outcome),
             "best": best,
@@ -231,10 +232,7 @@ class _Phase:
         if not kept:
             return Outcome(), 0
         content = torch.load(io.BytesIO(kept), map_location="cpu", weights_only=True)
-        kinds = [type(r).__name__ for r in self.regularizers]
-        if content.get("kinds", kinds) != kinds:
-            begun, asked = (", ".join(names) or "no regulariser" for names in (content["kinds"], kinds))
-            raise UsageError(f"the state was left by a training with {begun}, not {asked}; begin anew or name the same")
+        self._check_methods(content)
         for name, value in self._begun().items():
             if content.get("begun", {}).get(name, value) != value:
                 before = content["begun"][name]
@@ -249,6 +247,20 @@ class _Phase:
         self.best = content["best"]
         log.info("resumed at epoch %d of %d", content["epoch"], self.settings.epochs)
         return Outcome(**content["outcome"]), int(content["epoch"])
+
+    def _check_methods(self, content: dict[str, Any]) -> None:
+        """UsageError unless a state is that of the same regularisers with the same options."""
+        kinds = [type(r).__name__ for r in self.regularizers]
+        if content.get("kinds", kinds) != kinds:
+            begun, asked = (", ".join(names) or "no regulariser" for names in (content["kinds"], kinds))
+            raise UsageError(f"the state was left by a training with {begun}, not {asked}; begin anew or name the same")
+        for regularizer, begun_with in zip(self.regularizers, content.get("options", ()), strict=False):
+            for name, own in chosen(regularizer).items():
+                if begun_with.get(name, own) != own:
+                    raise UsageError(
+                        f"the state was left by a training whose {type(regularizer).__name__} had {name} = "
+                        f"{begun_with[name]}, not {own}; begin anew or give the same"
+                    )
 
     def _begun(self) -> dict[str, float]:
         """What the epochs done and those to come must have in common."""
