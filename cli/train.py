@@ -127,10 +127,8 @@ def train(
     )
     if as_json:
         best = {"split": fitted.split, "val_top1": fitted.outcome.best_top1}
-        strong = {"strengths": list(fitted.strengths)} if fitted.strengths else {}
-        view.document(
-            {"out": str(out), "task": wanted.name, **reported(wanted, fitted.top1), **best, **strong, **sparse}
-        )
+        found = best | sparse | ({"strengths": list(fitted.strengths)} if fitted.strengths else {})
+        view.document({"out": str(out), "task": wanted.name, **reported(wanted, fitted.top1), **found})
 
 
 def _network(

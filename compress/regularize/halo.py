@@ -16,9 +16,7 @@ from compress.regularize.closed import closed
 from compress.regularize.options import above, at_least, check, one_of
 
 log = logging.getLogger(__name__)
-PATIENCE = (
-    100  # steps after which a lambda that has not moved is spoken of: past any warm-up that is too slow to move it
-)
+PATIENCE = 100  # steps after which a lambda that has not moved is spoken of; a warm-up may be slow to begin
 GUARD = 1e-4  # below every value lambda reaches; without it 1 / lambda^3 spikes when a dead weight revives
 
 

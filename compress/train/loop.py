@@ -232,11 +232,11 @@ class _Phase:
         if not kept:
             return Outcome(), 0
         content = torch.load(io.BytesIO(kept), map_location="cpu", weights_only=True)
-        self._check_methods(content)
         for name, value in self._begun().items():
             if content.get("begun", {}).get(name, value) != value:
                 before = content["begun"][name]
                 raise UsageError(f"the state was left by a training with {name} = {before}, not {value}; begin anew")
+        self._check_methods(content)
         try:
             self.model.load_state_dict(content["model"])
         except RuntimeError as error:
