@@ -15,7 +15,7 @@ from compress import data, ranks, train
 from compress.checkpoint import ModelInfo
 from compress.errors import PruneError
 from compress.groups import Group, trace
-from compress.regularize import SPARSE_TRAINING, Regularizer, begun, is_given
+from compress.regularize import SPARSE_TRAINING, Regularizer, begun, given_places
 from compress.regularize.make import make
 from compress.regularize.masks import Masks
 from compress.task import recorded
@@ -118,8 +118,7 @@ def _attach(
             regularizer.attach(model, groups)
         except ValueError as error:
             raise PruneError(f"{name} cannot watch this network: {error}") from error
-    pairs = zip(regularizers, regularize.values(), strict=True)
-    return frozenset(place for place, (one, options) in enumerate(pairs) if is_given(one, options))
+    return given_places(regularizers, regularize.values())
 
 
 def _densities(regularizers: Sequence[Regularizer]) -> tuple[dict[str, float], Log]:

@@ -21,7 +21,7 @@ from compress.pipeline.widths import branches_of, select_as, sensitivity_of
 from compress.plan import Plan, apply
 from compress.reach import without
 from compress.recipe import Recipe
-from compress.regularize import COUNTERS, REGULARIZERS, Regularizer, begun, is_given, numbers
+from compress.regularize import COUNTERS, REGULARIZERS, Regularizer, begun, given_places, numbers
 from compress.regularize.make import make
 from compress.report.words import metric_words, strength_words
 from compress.scores import DATA_DRIVEN, LOSS_DRIVEN, SCORES, Scores
@@ -199,10 +199,7 @@ def _attach(
             regularizer.scale_penalty(prune.strength)
     if before is not None or prune.strength is not None:
         return frozenset(range(len(regularizers)))
-    named = (prune.options.get(name, {}) for name in _names(run.recipe))
-    return frozenset(
-        i for i, (one, options) in enumerate(zip(regularizers, named, strict=False)) if is_given(one, options)
-    )
+    return given_places(regularizers, (prune.options.get(name, {}) for name in _names(run.recipe)))
 
 
 def _scores(run: Run, model: nn.Module, groups: Sequence[Group], regularizers: Sequence[Regularizer]) -> Scores:

@@ -18,6 +18,7 @@ from compress.regularize.protocol import COUNTERS as COUNTERS
 from compress.regularize.protocol import Regularizer as Regularizer
 from compress.regularize.protocol import begun as begun
 from compress.regularize.protocol import chosen as chosen
+from compress.regularize.protocol import given_places as given_places
 from compress.regularize.protocol import is_given as is_given
 from compress.regularize.protocol import lambdas as lambdas
 from compress.regularize.protocol import numbers as numbers

@@ -132,6 +132,11 @@ def maskable(model: nn.Module, *, classifier: bool = False) -> dict[str, nn.Para
     return dict(learned[key] for key in found)
 
 
+def penalised(model: nn.Module, leaves: Sequence[str] = ("weight", "bias")) -> list[nn.Parameter]:
+    """What a penalty on single weights holds: the convolutions' `leaves`, and the weights that `maskable` names."""
+    return list(dict.fromkeys([*conv_parameters(model, leaves), *maskable(model).values()]))
+
+
 def filter_sizes(model: nn.Module, group: Group) -> Tensor:
     """sum |w| of each of the group's filters, in units of its layer's mean, averaged over the layers: (size,)."""
     found = [rows(tensor.detach(), part, group.size).abs().sum(1) for part, tensor in weights(model, group)]

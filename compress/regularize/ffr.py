@@ -59,7 +59,7 @@ class Ffr:
         check(
             norm=one_of(norm, "l1", "l2"), curvature=one_of(curvature, "second-difference", "angle"),
             align=one_of(align, "skip", "pad"), score=one_of(score, "folded", "flow"), period=whole(period, 1),
-            samples=(None, True, "") if samples is None else whole(samples, 1),
+            samples=whole(1 if samples is None else samples, 1),
         )  # fmt: skip
         self.k1, self.k2 = k1, k2
         self.norm, self.curvature, self.align, self.samples = norm, curvature, align, samples

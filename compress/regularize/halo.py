@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compress.groups import Group
 from compress.groups.parts import rows, weights
-from compress.regularize.channels import Channels, channels, conv_parameters, filter_sizes, maskable
+from compress.regularize.channels import Channels, channels, filter_sizes, penalised
 from compress.regularize.closed import closed
 from compress.regularize.options import above, at_least, check, one_of
 
@@ -64,7 +64,7 @@ class Halo:
         self._groups: tuple[Group, ...] = ()
         self._model: nn.Module | None = None
         self._lambda: nn.Parameter | None = None
-        self._steps = 0  # since it was attached, or taken up again
+        self._steps = 0  # since it was attached
         self._orders: list[tuple[int, ...]] = []  # axes of each tensor as they lie in memory when attached (weight)
 
     def attach(self, model: nn.Module, groups: Sequence[Group]) -> None:
@@ -74,7 +74,7 @@ class Halo:
             self._channels = channels(model, groups)
             self._tensors = self._channels.tensors
         else:
-            self._tensors = tuple(dict.fromkeys([*conv_parameters(model), *maskable(model).values()]))
+            self._tensors = tuple(penalised(model))
             self._orders = [_order(t) for t in self._tensors]
         if self.solver == "sgd":
             self._lambda, self._steps = nn.Parameter(torch.ones_like(self.sizes())), 0

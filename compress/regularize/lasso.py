@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.groups import Group
-from compress.regularize.channels import conv_parameters, filter_sizes, maskable
+from compress.regularize.channels import filter_sizes, penalised
 from compress.regularize.closed import closed
 from compress.regularize.options import above, check
 
@@ -36,7 +36,7 @@ class Lasso:
         Raises:
             ValueError: there is no such weight.
         """
-        self._weights = list(dict.fromkeys([*conv_parameters(model, ("weight",)), *maskable(model).values()]))
+        self._weights = penalised(model, ("weight",))
         self._model, self._groups = model, tuple(groups)
 
     def parameters(self) -> Iterable[nn.Parameter]:

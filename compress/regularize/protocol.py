@@ -39,6 +39,12 @@ def is_given(regularizer: Regularizer, options: Iterable[str]) -> bool:
     return not own or not own.isdisjoint(options)
 
 
+def given_places(regularizers: Iterable[Regularizer], options: Iterable[Iterable[str]]) -> frozenset[int]:
+    """The places of those for which `is_given` holds, each beside its own of `options`."""
+    pairs = zip(regularizers, options, strict=False)
+    return frozenset(place for place, (regularizer, own) in enumerate(pairs) if is_given(regularizer, own))
+
+
 def chosen(regularizer: Regularizer) -> dict[str, str]:
     """The options that it was made with, by name, as text; strengths, which may have been calibrated, are left out."""
     moving = {*getattr(regularizer, "STRENGTHS", ()), *numbers(regularizer.state_dict())}
