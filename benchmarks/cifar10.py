@@ -59,6 +59,13 @@ BAD = {f"layer{s}.{b}.conv{c}.weight": share for s, share in _STAGES.items() for
 SPARSE_TRAINING = ("ggr", "rigl", "set", "static-erk")
 
 
+def sparse_training(name: str, **options: Any) -> tuple[str, ...]:
+    """Four of five epochs of training with dead weights, which then stay where they are."""
+    paces = {} if name == "static-erk" else {"interval": 50}  # a short training changes places more often
+    given = json.dumps({name: {**paces, **options}})
+    return ("--method", name, "--set", "train.sparse_share=0.8", "--set", f"prune.options={given}")
+
+
 def weights_rows() -> dict[str, tuple[str, ...]]:
     """Single weights: cut by size after a penalty, or trained sparse from two starts; each alone and with CKA-SR."""
     rows = {
@@ -67,14 +74,16 @@ def weights_rows() -> dict[str, tuple[str, ...]]:
         "lasso": ("--method", "lasso"),
     }
     for name in SPARSE_TRAINING:
-        paces = {} if name == "static-erk" else {"interval": 50}  # a short training changes places more often
-        for start, initial in (("", {}), (", bad start", {"initial": BAD})):
-            options = json.dumps({name: {**paces, **initial}})
-            rows[name + start] = (
-                *("--method", name, "--set", "train.sparse_share=0.8", "--set", f"prune.options={options}"),
-            )
+        rows[name] = sparse_training(name)
+        rows[f"{name}, bad start"] = sparse_training(name, initial=BAD)
     both = {f"{name} + cka-sr": (*options, "--regularize", "cka-sr") for name, options in rows.items()}
-    return {name: ("--granularity", "weight", *options) for name, options in (rows | both).items()}
+    mended = {  # see LOG.md
+        "halo, one sparse epoch of five": ("--method", "halo", "--set", "train.sparse_share=0.2"),
+        "ggr, fraction 0.1": sparse_training("ggr", fraction=0.1),
+        "ggr, end 0.5": sparse_training("ggr", end=0.5),
+        "ggr, rho 0": sparse_training("ggr", rho=0.0),
+    }
+    return {name: ("--granularity", "weight", *options) for name, options in (rows | both | mended).items()}
 
 
 WEIGHTS = weights_rows()
