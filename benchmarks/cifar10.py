@@ -48,6 +48,11 @@ FILTERS: dict[str, tuple[str, ...]] = {
     # ways to mend the four, see LOG.md
     "halo, penalty_share 300": ("--method", "halo", "--set", "prune.penalty_share=300"),
     "halo, one sparse epoch of five": ("--method", "halo", "--set", "train.sparse_share=0.2"),
+    "ffr, one sparse epoch of five": ("--method", "ffr", "--set", "train.sparse_share=0.2"),
+    "cka-sr + l2, one sparse epoch of five": (
+        *("--method", "cka-sr", "--score", "l2", "--set", "train.sparse_share=0.2"),
+    ),
+    "ggr, one sparse epoch of five": ("--method", "ggr", "--set", "train.sparse_share=0.2"),
     "ffr + l2": ("--method", "ffr", "--score", "l2"),
     "l2, temperature 2": ("--method", "l2", "--set", "train.temperature=2"),
     "l2, weight decay 1e-4": ("--method", "l2", "--set", "train.weight_decay=0.0001"),
