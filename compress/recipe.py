@@ -92,7 +92,9 @@ class TrainPart(BaseModel):
 
     model_config = _FROZEN
     epochs: int | None = Field(None, ge=1, description="all phases together; None: enough for 1,500 steps, at least 6")
-    sparse_share: float = Field(0.4, gt=0, lt=1, description="share of the epochs that train towards sparsity")
+    sparse_share: float = Field(
+        0.2, gt=0, lt=1, description="share of the epochs that train towards sparsity (ours: benchmarks/LOG.md)"
+    )
     batch_size: int = Field(128, ge=2, description="images a step, of all processes (He et al., arXiv 1512.03385)")
     lr: float = Field(
         0.05, gt=0, description="peak, for batch 128; half of the from-scratch 0.1: weights are pretrained"

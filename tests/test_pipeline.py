@@ -88,10 +88,11 @@ def test_how_epochs_are_spent() -> None:
         return epochs(make({"model": {"path": "x"}, "prune": values, "train": train}), 100, keep)
 
     assert spent(method="halo", epochs=3) == ([1], 2)
+    assert spent(method="halo", epochs=10) == ([2], 8)
     assert spent(method="halo", epochs=10, sparse_share=0.4) == ([4], 6)
-    assert spent(method="halo", epochs=10, rounds=3) == ([4, 1, 1], 4)
+    assert spent(method="halo", epochs=10, rounds=3) == ([2, 1, 1], 6)
     assert spent(method="l2", epochs=3) == ([0], 3)  # nothing to train before the cut
-    assert spent(method="l2", epochs=4, regularize=("ffr",)) == ([2], 2)
+    assert spent(method="l2", epochs=4, regularize=("ffr",)) == ([1], 3)
     assert sum(spent(method="halo")[0]) + spent(method="halo")[1] >= 6
     with pytest.raises(UsageError, match=r"train.epochs = 1 is too few: halo needs 2, "):
         spent(method="halo", epochs=1)
@@ -109,8 +110,8 @@ def test_auto_cuts_once_for_each_halving_and_leaves_half_of_the_training_for_the
     assert spent(0.3, 5) == ([0, 1], 4)
     assert spent(0.15, 5) == spent(0.05, 5) == ([0, 1, 1], 3)  # four cuts would leave two epochs of five
     assert spent(0.05, 60) == ([0, 8, 8, 8], 36)
-    assert spent(0.15, 5, method="halo") == ([2, 1], 2)
-    assert spent(0.15, 5, method="ggr") == ([2], 3) and spent(0.15, 5, redraw=True) == ([0], 5)
+    assert spent(0.15, 5, method="halo") == ([1, 1, 1], 2)
+    assert spent(0.15, 5, method="ggr") == ([1], 4) and spent(0.15, 5, redraw=True) == ([0], 5)
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3, 7, 20, 100])
