@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
 
+ONE_EPOCH = ("--set", "train.sparse_share=0.2")  # of five with the regulariser; `Job.arguments` asks for two
 # row -> what it adds to `compress prune`; the first two are the controls that every comparison carries
 FILTERS: dict[str, tuple[str, ...]] = {
     "dense, fine-tuned": ("--method", "l2", "--target", "1"),
@@ -47,12 +48,10 @@ FILTERS: dict[str, tuple[str, ...]] = {
     "halo, several cuts": ("--method", "halo", "--set", "prune.rounds=auto"),
     # ways to mend the four, see LOG.md
     "halo, penalty_share 300": ("--method", "halo", "--set", "prune.penalty_share=300"),
-    "halo, one sparse epoch of five": ("--method", "halo", "--set", "train.sparse_share=0.2"),
-    "ffr, one sparse epoch of five": ("--method", "ffr", "--set", "train.sparse_share=0.2"),
-    "cka-sr + l2, one sparse epoch of five": (
-        *("--method", "cka-sr", "--score", "l2", "--set", "train.sparse_share=0.2"),
-    ),
-    "ggr, one sparse epoch of five": ("--method", "ggr", "--set", "train.sparse_share=0.2"),
+    "halo, one sparse epoch of five": ("--method", "halo", *ONE_EPOCH),
+    "ffr, one sparse epoch of five": ("--method", "ffr", *ONE_EPOCH),
+    "cka-sr + l2, one sparse epoch of five": ("--method", "cka-sr", "--score", "l2", *ONE_EPOCH),
+    "ggr, one sparse epoch of five": ("--method", "ggr", *ONE_EPOCH),
     "ffr + l2": ("--method", "ffr", "--score", "l2"),
     "l2, temperature 2": ("--method", "l2", "--set", "train.temperature=2"),
     "l2, weight decay 1e-4": ("--method", "l2", "--set", "train.weight_decay=0.0001"),
@@ -83,7 +82,7 @@ def weights_rows() -> dict[str, tuple[str, ...]]:
         rows[f"{name}, bad start"] = sparse_training(name, initial=BAD)
     both = {f"{name} + cka-sr": (*options, "--regularize", "cka-sr") for name, options in rows.items()}
     mended = {  # see LOG.md
-        "halo, one sparse epoch of five": ("--method", "halo", "--set", "train.sparse_share=0.2"),
+        "halo, one sparse epoch of five": ("--method", "halo", *ONE_EPOCH),
         "ggr, fraction 0.1": sparse_training("ggr", fraction=0.1),
         "ggr, end 0.5": sparse_training("ggr", end=0.5),
         "ggr, rho 0": sparse_training("ggr", rho=0.0),
