@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,10 +14,11 @@ from compress import ranks
 from compress.groups import Group
 from compress.groups.cut import removed_elements, without
 from compress.groups.parts import side
+from compress.groups.reading import channels, has_windows, windows
 from compress.groups.types import Slice
 from compress.structure import owner
 
-RIDGE = 1e-3  # of the mean square of what is read: keeps the solution small where there are few images
+RIDGE = 1e-3  # of the mean square of what is read: keeps the solution near the cut one where there are few images
 LARGEST = 4096  # inputs of a layer: the normal equations of more take too long and too much memory
 
 
@@ -35,10 +36,12 @@ def fold(
     """Refit every weight that read a removed channel, so that its layer gives what it gave before the cut.
 
     Layer by layer, in the order of the forward pass: with x what the layer reads in the dense network and y what it
-    reads in this one, both over `images` and all places, A minimises sum |x - A y|^2 (+ a ridge), and W becomes the
-    dense W A. So the errors of earlier layers are made up for as well, as in the reconstruction of Luo et al. (ThiNet,
-    arXiv 1707.06342, equation 7), here with one matrix over channels for all places of a kernel, which costs no more
-    than the channels' covariance. Layers of more than LARGEST inputs stay as they were cut.
+    reads in this one, W minimises sum |W_dense x - W y|^2 over places of `images` (+ a ridge towards the cut W). So
+    the errors of earlier layers are made up for as well, as in the reconstruction of Luo et al. (ThiNet, arXiv
+    1707.06342, equation 7) and He et al. (arXiv 1707.06168, equation 1), every place of a kernel by itself. Where that
+    is too wide (`groups.reading`), and in transposed convolutions, one matrix A over channels serves all places of a
+    kernel: it minimises sum |x - A y|^2, and W becomes W_dense A. Layers of more than LARGEST inputs stay as they were
+    cut.
 
     Args:
         model: cut to `kept`, in place changed; its batch norms count by batch here, their statistics being another
@@ -76,25 +79,38 @@ def _reading_axis(model: nn.Module, name: str, gone: Mapping[int, Tensor]) -> in
 def _refit(
     model: nn.Module, dense: nn.Module, name: str, *, axis: int, gone: Mapping[int, Tensor], batches: Sequence[Tensor]
 ) -> None:
-    """W <- W_dense A for one layer, A from the normal equations in float64."""
-    layer, leaf = owner(model, name)
+    """The weight of one layer from the normal equations in float64."""
+    (layer, leaf), (whole, _) = owner(model, name), owner(dense, name)
+    weight = without(getattr(whole, leaf).detach(), {dim: leaving for dim, leaving in gone.items() if dim != axis})
+    cut = getattr(layer, leaf)
+    if has_windows(whole):  # (O, kept * kernel places) from (O, inputs * kernel places)
+        taught, start = weight.flatten(1).double(), cut.detach().flatten(1).T.double()
+        laid: Callable[[nn.Module, Tensor], Tensor] = windows
+    else:  # (kept, inputs), the same for every output and place of the kernel
+        taught, start, laid = None, None, channels
     own: Tensor | float = 0.0
     cross: Tensor | float = 0.0
     for batch in batches:
-        y, x = (_read(network, owner(network, name)[0], batch) for network in (model, dense))
-        own, cross = own + y.T @ y, cross + y.T @ x  # (kept, kept), (kept, inputs)
+        y, x = (laid(of, _read(network, of, batch)) for network, of in ((model, layer), (dense, whole)))
+        own, cross = own + y.T @ y, cross + y.T @ (x if taught is None else x @ taught.T)
     assert isinstance(own, Tensor) and isinstance(cross, Tensor)
-    own, cross = ranks.summed(own), ranks.summed(cross)
+    solved = _solve(ranks.summed(own), ranks.summed(cross), start)
+    if taught is None:
+        solved = torch.tensordot(weight.double(), solved, dims=([axis], [1])).movedim(-1, axis)
+    else:
+        solved = solved.T.reshape(cut.shape)
+    cut.copy_(solved)
+
+
+def _solve(own: Tensor, cross: Tensor, start: Tensor | None) -> Tensor:
+    """own^-1 cross, drawn a little towards `start` (None: zero)."""
     ridge = RIDGE * own.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    solved = torch.linalg.solve(own + ridge * torch.eye(len(own), dtype=own.dtype, device=own.device), cross)
-    whole, _ = owner(dense, name)
-    weight = without(getattr(whole, leaf).detach(), {dim: leaving for dim, leaving in gone.items() if dim != axis})
-    refitted = torch.tensordot(weight.double(), solved, dims=([axis], [1])).movedim(-1, axis)
-    getattr(layer, leaf).copy_(refitted)
+    own = own + ridge * torch.eye(len(own), dtype=own.dtype, device=own.device)
+    return torch.linalg.solve(own, cross if start is None else cross + ridge * start)
 
 
 def _read(network: nn.Module, layer: nn.Module, batch: Tensor) -> Tensor:
-    """What a layer reads: (places, channels) in float64."""
+    """What a layer reads of a batch."""
     seen: list[Tensor] = []
 
     def stop(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -108,8 +124,7 @@ def _read(network: nn.Module, layer: nn.Module, batch: Tensor) -> Tensor:
         pass
     finally:
         handle.remove()
-    values = seen[0] if isinstance(layer, nn.Linear) else seen[0].movedim(1, -1)
-    return values.reshape(-1, values.shape[-1]).double()
+    return seen[0]
 
 
 def _in_order(model: nn.Module, paths: set[str], batch: Tensor) -> list[str]:

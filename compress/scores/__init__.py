@@ -10,6 +10,7 @@ from __future__ import annotations
 from compress.scores.layers import Batches as Batches
 from compress.scores.layers import Score as Score
 from compress.scores.layers import Scores as Scores
+from compress.scores.reconstruction import obs
 from compress.scores.samples import activation, hessian, obd_c, taylor
 from compress.scores.weights import bn_scale, fpgm, l1, l2, lamp, random
 
@@ -23,7 +24,8 @@ SCORES: dict[str, Score] = {
     "hessian": hessian,
     "obd-c": obd_c,
     "activation": activation,
+    "obs": obs,
     "random": random,
 }
-DATA_DRIVEN = frozenset({"taylor", "hessian", "obd-c", "activation"})  # the names in SCORES that need batches
+DATA_DRIVEN = frozenset({"taylor", "hessian", "obd-c", "activation", "obs"})  # the names in SCORES that need batches
 LOSS_DRIVEN = frozenset({"taylor", "hessian"})  # those of them that take the `loss` to differentiate: a task's

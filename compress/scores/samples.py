@@ -15,14 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from compress.errors import UsageError
-from compress.example import like
 from compress.groups import Group, Slice
 from compress.groups.parts import layer_mean, layers, rows, weights
-from compress.scores.layers import Batches, Scores
+from compress.scores.layers import Batches, Given, Scores, evaluating, read
 
 Loss = Callable[[Any, Any], Tensor]  # the network's output, the targets -> (), the mean over the images
-Given = tuple[tuple[Tensor, ...], Any]  # what the network is called with, and the targets
 IMAGES = 256  # single images that `hessian` and `obd_c` go through (ours): seconds for a CIFAR network on two cores
 
 
@@ -37,8 +34,8 @@ def taylor(
     held = _held(model, groups)
     tensors = [tensor for *_, tensor in held]
     totals = [torch.zeros(()) for _ in held]
-    with _evaluating(model), _differentiable(tensors):
-        for given, targets in _read(model, batches, "taylor"):
+    with evaluating(model), _differentiable(tensors):
+        for given, targets in read(model, batches, "taylor"):
             gradients = _gradients(loss(model(*given), targets), tensors)
             for at, (group, part, tensor) in enumerate(held):
                 change = rows(gradients[at] * tensor.detach(), part, group.size).double().sum(1)
@@ -60,7 +57,7 @@ def hessian(
     Fisher matrix: squared gradients of single images, averaged over the first `images` of the batches. torch-pruning
     1.6.1 keeps the gradient of the last image alone.
     """
-    return _curvature(model, groups, _first(_read(model, batches, "hessian"), images), loss)
+    return _curvature(model, groups, _first(read(model, batches, "hessian"), images), loss)
 
 
 def obd_c(model: nn.Module, groups: Sequence[Group], batches: Batches | None = None, *, images: int = IMAGES) -> Scores:
@@ -76,7 +73,7 @@ def obd_c(model: nn.Module, groups: Sequence[Group], batches: Batches | None = N
         drawn = torch.multinomial(likely, 1, generator=generator).flatten()
         return F.cross_entropy(logits, drawn.to(logits.device))
 
-    return _curvature(model, groups, _first(_read(model, batches, "obd-c"), images), loss)
+    return _curvature(model, groups, _first(read(model, batches, "obd-c"), images), loss)
 
 
 def activation(model: nn.Module, groups: Sequence[Group], batches: Batches | None = None) -> Scores:
@@ -101,8 +98,8 @@ def activation(model: nn.Module, groups: Sequence[Group], batches: Batches | Non
         for module, part, places in at or layers(model, group, "out"):
             handles.append(watch(module, group, part, places, is_read=bool(at)))
     try:
-        with _evaluating(model), torch.no_grad():
-            for given, _ in _read(model, batches, "activation"):
+        with evaluating(model), torch.no_grad():
+            for given, _ in read(model, batches, "activation"):
                 model(*given)
     finally:
         for handle in handles:
@@ -122,7 +119,7 @@ def _curvature(model: nn.Module, groups: Sequence[Group], batches: Iterator[Give
     held = _held(model, groups)
     tensors = [tensor for *_, tensor in held]
     squares = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in tensors]
-    with _evaluating(model), _differentiable(tensors):
+    with evaluating(model), _differentiable(tensors):
         for given, targets in batches:
             for at in range(len(given[0])):
                 one = loss(model(*(inputs[at : at + 1] for inputs in given)), _part(targets, at, at + 1))
@@ -158,22 +155,6 @@ def _first(batches: Iterator[Given], images: int) -> Iterator[Given]:
             return
 
 
-def _read(model: nn.Module, batches: Batches | None, score: str) -> Iterator[Given]:
-    """The batches on the network's device and in its precision; none at all is refused."""
-    if batches is None:
-        raise UsageError(
-            f"the score {score!r} needs data: give batches, pairs of images and labels, or take a score that reads "
-            "weights alone, such as 'l2'"
-        )
-    own = next(t for t in model.state_dict().values() if t.is_floating_point())
-    count = 0
-    for inputs, targets in batches:
-        count += 1
-        yield like(inputs, own), tree_map_only(Tensor, lambda target: target.to(own.device), targets)
-    if not count:
-        raise UsageError(f"the score {score!r} needs data, and there was no batch in what it was given")
-
-
 def _part(targets: Any, start: int, end: int) -> Any:
     """Some images' targets, whatever they are made of; tensors have one row an image."""
     return tree_map_only(Tensor, lambda target: target[start:end], targets)
@@ -191,14 +172,3 @@ def _differentiable(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for tensor in fixed:
             tensor.requires_grad_(False)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
