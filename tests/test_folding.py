@@ -94,6 +94,30 @@ def test_one_layer_against_least_squares_by_hand(monkeypatch: pytest.MonkeyPatch
     assert torch.allclose(smaller[2].weight, dense[2].weight @ matrix.T, rtol=1e-8)
 
 
+@pytest.mark.parametrize("channels_alone", [False, True])
+def test_a_convolution_against_least_squares_by_hand(channels_alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every place of the kernel by itself, or one matrix over channels where that would be too wide."""
+    monkeypatch.setattr("compress.folding.RIDGE", 0.0)
+    torch.manual_seed(2)
+    dense = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, 2, 1)).double()
+    kept = [0, 3, 4, 6, 7]
+    groups = _groups(dense)
+    smaller = copy.deepcopy(dense)
+    cut(smaller, groups, {"0": kept})
+    read = F.relu(dense[0](X)).detach()
+    if channels_alone:
+        monkeypatch.setattr("compress.groups.reading.COLUMNS", 9)
+        flat = read.movedim(1, -1).reshape(-1, 8)
+        matrix = torch.linalg.lstsq(flat[:, kept], flat).solution  # (kept, channels)
+        wanted = torch.einsum("ocab,kc->okab", dense[2].weight.detach(), matrix)
+    else:
+        rows = F.unfold(read[:, kept], 3, 1, 1, 2).transpose(1, 2).reshape(-1, 45)
+        given = F.conv2d(read, dense[2].weight.detach(), None, 2, 1).flatten(2).transpose(1, 2).reshape(-1, 4)
+        wanted = torch.linalg.lstsq(rows, given).solution.T.reshape(4, 5, 3, 3)
+    assert fold(smaller, dense, groups, {"0": kept}, X.split(32)) == ("2.weight",)
+    assert torch.allclose(smaller[2].weight, wanted, rtol=1e-6, atol=1e-9)
+
+
 def test_layers_too_wide_and_networks_in_training_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compress.folding.LARGEST", 4)
     dense, kept = _doubled()

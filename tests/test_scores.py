@@ -16,10 +16,11 @@ from torch.nn import functional as F
 import compress
 from compress import cost, shrink
 from compress.errors import PruneError, UsageError
-from compress.groups import Group, trace
+from compress.groups import Group, Slice, trace
 from compress.pipeline import dry_run
 from compress.recipe import Recipe
 from compress.scores import DATA_DRIVEN, SCORES
+from compress.scores.reconstruction import obs
 from compress.scores.samples import activation, hessian, obd_c, taylor
 from compress.scores.weights import fpgm, lamp
 from tests.nets import NETS, lively
@@ -260,6 +261,79 @@ def test_activation_finds_channels_behind_a_flatten_and_a_concatenation() -> Non
     both = lively(NETS["concat"]())
     right = activation(both, trace(both, X), batches(5))["right"]
     assert torch.allclose(right, relative(both.right(X).relu().mean((0, 2, 3)).detach()), rtol=1e-5)
+
+
+def unfitted(outputs: Tensor, columns: Tensor) -> float:
+    """The squared error of the best linear map of `columns` (rows, n) to `outputs` (rows, o)."""
+    if not columns.shape[1]:
+        return float(outputs.square().sum())
+    return float((outputs - columns @ torch.linalg.lstsq(columns, outputs).solution).square().sum())
+
+
+@pytest.mark.parametrize("channels_alone", [False, True])
+def test_obs_is_what_least_squares_cannot_make_up_for(channels_alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compress.scores.reconstruction.RIDGE", 1e-12)
+    model = chain(width=5)
+    groups = trace(model, X[:1])
+    read = model[:3](X.double()).detach()  # (N, 5, 14, 14), what the second convolution reads
+    layer = model[3]
+    if channels_alone:  # one matrix over channels for all nine places of the kernel, as folding has it then
+        monkeypatch.setattr("compress.groups.reading.COLUMNS", 9)
+        rows = read.movedim(1, -1).reshape(-1, 5)
+        outputs = torch.einsum("rc,ockl->rokl", rows, layer.weight.detach()).flatten(1)
+        columns = {c: [c] for c in range(5)}
+    else:
+        rows = F.unfold(read, 3).transpose(1, 2).reshape(-1, 45)
+        outputs = rows @ layer.weight.detach().flatten(1).T
+        columns = {c: list(range(9 * c, 9 * c + 9)) for c in range(5)}
+    left, before, wanted, last = list(range(5)), 0.0, torch.zeros(5), 0.0
+    while left:  # by brute force: every way to let one more leave
+        errors = [unfitted(outputs, rows[:, [i for c in left if c != out for i in columns[c]]]) for out in left]
+        least = min(errors)
+        out = left.pop(errors.index(least))
+        wanted[out] = last = max(least - before, last)
+        before = least
+    found = obs(model, groups, batches(3, count=1))["0"]
+    assert torch.allclose(found, relative(wanted), rtol=1e-3, atol=1e-5)
+
+
+def test_obs_lets_a_channel_go_that_another_repeats_however_large() -> None:
+    model = chain()
+    with torch.no_grad():
+        for tensor in filters(model):
+            tensor[5] = tensor[2]
+        model[3].weight[:, 5] *= 10
+    found = obs(model, GROUPS, batches(3))["0"]
+    twins = found[[2, 5]].sort().values
+    assert twins[0] == found.min() and twins[0] < 0.02 * twins[1]
+
+
+def test_obs_adds_up_all_readers_and_takes_those_it_cannot_refit_at_their_weight() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.grouped, self.plain = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(4, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen = self.first(x).relu()
+            return torch.cat([self.grouped(seen), self.plain(seen)], 1)
+
+    torch.manual_seed(0)
+    model = Two().double()
+    with torch.no_grad():
+        model.plain.weight[:, 1:] = 0  # reads its first channel alone
+    slices = Slice("first.weight", 0), Slice("grouped.weight", 1), Slice("plain.weight", 1, offset=0)
+    read = model.first(X.double()).relu().detach()
+    energy = read.square().mean((0, 2, 3))
+    halves = model.grouped.weight.detach().view(2, 3, 2, 9).square().sum((1, 3))  # (half, input of it)
+    lost = (halves.flatten() * energy).view(2, 2).sum(0)  # channel i is input i of both halves
+    found = obs(model, [Group("first", 2, slices[:2], None)], batches(3))["first"]
+    assert torch.allclose(found, relative(lost), rtol=1e-5)
+    both = obs(model, [Group("first", 2, slices, None)], batches(3))["first"]
+    rows = F.unfold(read, 3).transpose(1, 2).reshape(-1, 36)
+    outputs = rows[:, :9] @ model.plain.weight.detach()[:, 0].flatten(1).T
+    beyond = unfitted(outputs, rows[:, 18:]) / float(outputs.square().sum())  # once the second channel has left, too
+    assert torch.allclose(both, relative(lost / lost.sum() + torch.tensor([beyond, 0.0])), rtol=2e-3)
 
 
 # --- callers ----------------------------------------------------------------------------------------------------------

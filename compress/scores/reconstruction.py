@@ -151,7 +151,7 @@ def _eliminate(fixed: Tensor, fitted: Sequence[_Fit]) -> Tensor:
 
 
 def _remove(fit: _Fit, channel: int) -> None:
-    """Refit the layer without a channel, in place: W -= H^-1 W_c / (H^-1)_cc, the inverse likewise (ZipLM, section 3)."""
+    """Refit the layer without a channel, in place: W -= H^-1_:c ((H^-1)_cc)^-1 W_c, and H^-1 likewise."""
     column = fit.inverse[:, :, channel].clone()  # (size, b, b)
     ratio = torch.linalg.solve(column[channel], column, left=False)  # column (H^-1)_cc^-1
     fit.weights -= ratio @ fit.weights[channel].clone()
