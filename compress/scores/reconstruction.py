@@ -134,29 +134,34 @@ def _fit(matrix: Tensor, moments: Tensor, own: Tensor) -> _Fit | None:
 
 def _eliminate(fixed: Tensor, fitted: Sequence[_Fit]) -> Tensor:
     """Let the channels leave one by one, the cheapest first; what each costs at its turn, never falling: (size,)."""
-    size, found, last = len(fixed), torch.zeros_like(fixed), 0.0
-    alive = torch.ones(size, dtype=torch.bool)
-    for _ in range(size):
-        costs = fixed.clone()
+    found, left, last = torch.zeros_like(fixed), list(range(len(fixed))), 0.0
+    while left:
+        costs = fixed[left]
         for fit in fitted:
-            blocks = fit.inverse.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (size, b, b)
+            blocks = fit.inverse.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (left, b, b)
             factors = torch.linalg.cholesky(blocks)
             costs += torch.linalg.solve_triangular(factors, fit.weights, upper=False).square().sum((1, 2)).cpu()
-        first = int(costs.masked_fill(~alive, torch.inf).argmin())
+        first = int(costs.argmin())
         last = max(float(costs[first]), last * (1 + 1e-6))  # ties would be broken by position
-        found[first], alive[first] = last, False
+        found[left[first]] = last
         for fit in fitted:
             _remove(fit, first)
+        left[first] = left[-1]  # as in `_remove`
+        left.pop()
     return found
 
 
 def _remove(fit: _Fit, channel: int) -> None:
-    """Refit the layer without a channel, in place: W -= H^-1_:c ((H^-1)_cc)^-1 W_c, and H^-1 likewise."""
-    column = fit.inverse[:, :, channel].clone()  # (size, b, b)
-    ratio = torch.linalg.solve(column[channel], column, left=False)  # column (H^-1)_cc^-1
+    """Refit the layer without a channel, in place: W -= H^-1_:c ((H^-1)_cc)^-1 W_c, and H^-1 likewise.
+
+    The last channel then takes its place, so that what is left lies together.
+    """
+    column = fit.inverse[:, :, channel].clone()  # (left, b, b)
+    ratio = torch.linalg.solve(column[channel], column, left=False)  # column ((H^-1)_cc)^-1
     fit.weights -= ratio @ fit.weights[channel].clone()
     fit.inverse -= torch.tensordot(ratio, column, dims=([2], [2]))
-    fit.weights[channel] = 0
-    fit.inverse[channel] = 0
-    fit.inverse[:, :, channel] = 0
-    fit.inverse[channel, :, channel] = torch.eye(column.shape[1], dtype=column.dtype, device=column.device)
+    last = len(column) - 1
+    fit.weights[channel] = fit.weights[last]
+    fit.inverse[channel] = fit.inverse[last]
+    fit.inverse[:, :, channel] = fit.inverse[:, :, last]
+    fit.weights, fit.inverse = fit.weights[:last], fit.inverse[:last, :, :last]
