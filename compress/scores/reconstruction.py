@@ -18,10 +18,10 @@ LARGEST = 4096  # columns of a layer that can be refitted, as in folding.py
 
 
 def obs(model: nn.Module, groups: Sequence[Group], batches: Batches | None = None) -> Scores:
-    """Optimal Brain Surgeon by channels: what the readers' outputs lose when a channel leaves and the others take over.
+    """What a channel's readers lose when it leaves and the others take over (Kurtic et al., ZipLM, arXiv 2302.04089).
 
-    Hassibi and Stork (NIPS 1992) applied layer by layer as in ZipLM (Kurtic et al., arXiv 2302.04089, section 3): with
-    H the second moments of what a layer reads, W its weight and c a channel's columns, leaving costs
+    Optimal Brain Surgeon (Hassibi and Stork, NIPS 1992) layer by layer and by channels, as in section 3 of the paper:
+    with H the second moments of what a layer reads, W its weight and c a channel's columns, leaving costs
     tr(W_c ((H^-1)_cc)^-1 W_c^T), after which W and H^-1 are those of the refitted layer. The channel that costs least
     leaves first, until none is left; its score is that cost, so that channels which others can replace score low
     whatever their size. Ours: costs are shares of a layer's output energy, added up over all layers that read a
