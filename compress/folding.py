@@ -19,6 +19,7 @@ from compress.groups.types import Slice
 from compress.structure import owner
 
 RIDGE = 1e-3  # of the mean square of what is read: keeps the solution near the cut one where there are few images
+LEAST_ROWS = 4  # for each column, or one matrix over channels carries over better to other images (ours)
 LARGEST = 4096  # inputs of a layer: the normal equations of more take too long and too much memory
 
 
@@ -39,9 +40,9 @@ def fold(
     reads in this one, W minimises sum |W_dense x - W y|^2 over places of `images` (+ a ridge towards the cut W). So
     the errors of earlier layers are made up for as well, as in the reconstruction of Luo et al. (ThiNet, arXiv
     1707.06342, equation 7) and He et al. (arXiv 1707.06168, equation 1), every place of a kernel by itself. Where that
-    is too wide (`groups.reading`), and in transposed convolutions, one matrix A over channels serves all places of a
-    kernel: it minimises sum |x - A y|^2, and W becomes W_dense A. Layers of more than LARGEST inputs stay as they were
-    cut.
+    is too wide (`groups.reading`) or the places are too few for it, and in transposed convolutions, one matrix A over
+    channels serves all places of a kernel: it minimises sum |x - A y|^2, and W becomes W_dense A. Layers of more than
+    LARGEST inputs stay as they were cut.
 
     Args:
         model: cut to `kept`, in place changed; its batch norms count by batch here, their statistics being another
@@ -83,30 +84,32 @@ def _refit(
     (layer, leaf), (whole, _) = owner(model, name), owner(dense, name)
     weight = without(getattr(whole, leaf).detach(), {dim: leaving for dim, leaving in gone.items() if dim != axis})
     cut = getattr(layer, leaf)
-    if has_windows(whole):  # (O, kept * kernel places) from (O, inputs * kernel places)
-        taught, start = weight.flatten(1).double(), cut.detach().flatten(1).T.double()
-        laid: Callable[[nn.Module, Tensor], Tensor] = windows
-    else:  # (kept, inputs), the same for every output and place of the kernel
-        taught, start, laid = None, None, channels
-    own: Tensor | float = 0.0
-    cross: Tensor | float = 0.0
-    for batch in batches:
-        y, x = (laid(of, _read(network, of, batch)) for network, of in ((model, layer), (dense, whole)))
-        own, cross = own + y.T @ y, cross + y.T @ (x if taught is None else x @ taught.T)
-    assert isinstance(own, Tensor) and isinstance(cross, Tensor)
-    solved = _solve(ranks.summed(own), ranks.summed(cross), start)
-    if taught is None:
-        solved = torch.tensordot(weight.double(), solved, dims=([axis], [1])).movedim(-1, axis)
-    else:
-        solved = solved.T.reshape(cut.shape)
-    cut.copy_(solved)
+
+    def moments(laid: Callable[[nn.Module, Tensor], Tensor], given: Tensor) -> tuple[Tensor, Tensor, float]:
+        """sum y y^T, sum y (x given)^T, and the rows that these are sums of, over all processes."""
+        own, cross, rows = torch.zeros(()), torch.zeros(()), 0
+        for batch in batches:
+            y, x = (laid(of, _read(network, of, batch)) for network, of in ((model, layer), (dense, whole)))
+            own, cross, rows = own.to(y) + y.T @ y, cross.to(y) + y.T @ (x @ given), rows + len(y)
+        return ranks.summed(own), ranks.summed(cross), float(ranks.summed(torch.tensor(float(rows))))
+
+    if has_windows(whole):
+        own, cross, rows = moments(windows, weight.flatten(1).T.double())
+        if rows >= LEAST_ROWS * len(own):
+            cut.copy_(_solve(own, cross, cut.detach().flatten(1).T.double()).T.reshape(cut.shape))
+            return
+    same = torch.eye(weight.shape[axis], dtype=torch.float64, device=weight.device)
+    own, cross, _ = moments(channels, same)
+    solved = _solve(own, cross, without(same, {0: gone[axis]}))  # (kept, inputs)
+    cut.copy_(torch.tensordot(weight.double(), solved, dims=([axis], [1])).movedim(-1, axis))
 
 
-def _solve(own: Tensor, cross: Tensor, start: Tensor | None) -> Tensor:
-    """own^-1 cross, drawn a little towards `start` (None: zero)."""
-    ridge = RIDGE * own.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    own = own + ridge * torch.eye(len(own), dtype=own.dtype, device=own.device)
-    return torch.linalg.solve(own, cross if start is None else cross + ridge * start)
+def _solve(own: Tensor, cross: Tensor, start: Tensor) -> Tensor:
+    """own^-1 cross, drawn a little towards `start`: what is never seen stays as the cut left it."""
+    ridge = RIDGE * own.diagonal().mean().clamp(min=1e-300)  # less would overflow where a layer reads zeros alone
+    return torch.linalg.solve(
+        own + ridge * torch.eye(len(own), dtype=own.dtype, device=own.device), cross + ridge * start
+    )
 
 
 def _read(network: nn.Module, layer: nn.Module, batch: Tensor) -> Tensor:

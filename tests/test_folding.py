@@ -118,6 +118,39 @@ def test_a_convolution_against_least_squares_by_hand(channels_alone: bool, monke
     assert torch.allclose(smaller[2].weight, wanted, rtol=1e-6, atol=1e-9)
 
 
+def test_few_images_leave_the_places_of_a_kernel_together() -> None:
+    """Nine times as many unknowns as channels would fit these images, and no others."""
+    torch.manual_seed(3)
+    dense = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 8, 3)).double()
+    groups, kept = _groups(dense), {"0": range(16)}
+    found = {}
+    for images in (4, 64):  # 144 and 2,304 places for 144 columns
+        smaller = copy.deepcopy(dense)
+        cut(smaller, groups, kept)
+        fold(smaller, dense, groups, kept, [X[:images]])
+        found[images] = smaller[2].weight.detach()
+    smaller = copy.deepcopy(dense)
+    cut(smaller, groups, kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress.groups.reading.COLUMNS", 1)
+        fold(smaller, dense, groups, kept, [X[:4]])
+    assert torch.equal(found[4], smaller[2].weight) and not torch.allclose(found[64], found[4], rtol=0.1)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_what_is_never_seen_stays_as_it_was_cut(kernel: int) -> None:
+    dense = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 16, kernel)).double()
+    with torch.no_grad():
+        dense[0].weight.zero_()
+        dense[0].bias.zero_()
+    groups, kept = _groups(dense), {"0": range(4)}
+    smaller = copy.deepcopy(dense)
+    cut(smaller, groups, kept)
+    before = smaller[2].weight.detach().clone()
+    assert fold(smaller, dense, groups, kept, [X]) == ("2.weight",)
+    assert torch.allclose(smaller[2].weight, before, rtol=1e-9)
+
+
 def test_layers_too_wide_and_networks_in_training_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compress.folding.LARGEST", 4)
     dense, kept = _doubled()

@@ -336,6 +336,52 @@ def test_obs_adds_up_all_readers_and_takes_those_it_cannot_refit_at_their_weight
     assert torch.allclose(both, relative(lost / lost.sum() + torch.tensor([beyond, 0.0])), rtol=2e-3)
 
 
+@pytest.mark.parametrize("largest", [5, 4096])
+def test_obs_behind_a_flatten_and_in_wide_linear_layers(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A channel of four inputs each; beyond LARGEST inputs it costs what it gives, else what the others cannot."""
+    monkeypatch.setattr("compress.scores.reconstruction.LARGEST", largest)
+    monkeypatch.setattr("compress.scores.reconstruction.RIDGE", 1e-12)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 4))
+    model = model.double()
+    groups = trace(model, X[:1])
+    images = torch.randn(60, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    read, weight = model[:4](images.double()).detach(), model[4].weight.detach()
+    found = obs(model, groups, [(images[:40], torch.zeros(40)), (images[40:], torch.zeros(20))])["0"]
+    if largest == 5:
+        wanted = (weight.square().sum(0) * read.square().mean(0)).view(3, 4).sum(1)
+        assert torch.allclose(found, relative(wanted), rtol=1e-5)
+        return
+    outputs = read @ weight.T
+    alone = [
+        unfitted(outputs, read.view(-1, 3, 4)[:, [c for c in range(3) if c != out]].flatten(1)) for out in range(3)
+    ]
+    assert found.argmin() == torch.tensor(alone).argmin()
+    first = min(alone) / float(outputs.square().sum())
+    last = 1 - unfitted(outputs, read.view(-1, 3, 4)[:, int(found.argmax())]) / float(outputs.square().sum())
+    assert torch.allclose(found.max() / found.min(), torch.tensor(last / first), rtol=1e-3)
+
+
+def test_obs_takes_a_group_whose_reader_is_never_called_for_unread() -> None:
+    class Unseen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(self.a(x), self.b.weight)
+
+    group = Group("a", 4, (Slice("a.weight", 0), Slice("b.weight", 1)), None)
+    assert torch.equal(obs(Unseen(), [group], batches(2))["a"], torch.ones(4))
+
+
+def test_obs_of_a_broken_network_is_not_finite() -> None:
+    model = chain()
+    with torch.no_grad():
+        model[0].weight[0] = torch.nan
+    assert not bool(obs(model, GROUPS, batches(3))["0"].isfinite().any())
+
+
 # --- callers ----------------------------------------------------------------------------------------------------------
 
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROWS = 8192  # places drawn from one batch: a few hundred images in batches give ten and more for every column (ours)
+ROWS = 8192  # places drawn from one batch: eight of them give 28 and more for every column (ours)
 COLUMNS = 2304  # of the widest rows with the kernel's places apart, 3 x 3 over 256 inputs: seconds for a layer (ours)
 
 
 def has_windows(layer: nn.Module) -> bool:
-    """Whether `windows` can lay out what the layer reads: a linear layer, or a convolution that is neither grouped nor
-    transposed, of at most COLUMNS columns."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features <= COLUMNS
-    if not isinstance(layer, nn.modules.conv._ConvNd) or isinstance(layer, nn.modules.conv._ConvTransposeNd):
+    """Whether `windows` can lay out what the layer reads, and `channels` cannot do as well.
+
+    A plain convolution, neither grouped nor transposed, of more than one place and at most COLUMNS columns. One with a
+    forward pass of its own, which may pad as it likes, is none.
+    """
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or type(layer).forward not in _PLAIN:
         return False
-    return layer.groups == 1 and layer.weight[0].numel() <= COLUMNS
+    return layer.groups == 1 and math.prod(layer.kernel_size) > 1 and layer.weight[0].numel() <= COLUMNS
+
+
+_PLAIN = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 def windows(layer: nn.Module, values: Tensor, *, rows: int = ROWS) -> Tensor:
@@ -28,11 +34,8 @@ def windows(layer: nn.Module, values: Tensor, *, rows: int = ROWS) -> Tensor:
     size, whatever the channels.
 
     Args:
-        layer: one that `has_windows`. values: its input, (N, C, *places) or (N, *, C) for a linear layer.
+        layer: one that `has_windows`. values: its input, (N, I, *places).
     """
-    if isinstance(layer, nn.Linear):
-        flat = values.reshape(-1, values.shape[-1])
-        return flat[_drawn(len(flat), rows).to(flat.device)].double()
     assert isinstance(layer, nn.modules.conv._ConvNd)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     values = F.pad(values, layer._reversed_padding_repeated_twice, mode=mode)
@@ -46,7 +49,7 @@ def windows(layer: nn.Module, values: Tensor, *, rows: int = ROWS) -> Tensor:
 
 
 def channels(layer: nn.Module, values: Tensor, *, rows: int = ROWS) -> Tensor:
-    """The inputs alone, input place by input place: (rows, I) float64, for a layer that has no `windows`."""
+    """The inputs alone, input place by input place: (rows, I) float64. values: (N, I, *places), linear (N, *, I)."""
     flat = values if isinstance(layer, nn.Linear) else values.movedim(1, -1)
     flat = flat.reshape(-1, flat.shape[-1])
     return flat[_drawn(len(flat), rows).to(flat.device)].double()

@@ -24,9 +24,11 @@ def obs(model: nn.Module, groups: Sequence[Group], batches: Batches | None = Non
     with H the second moments of what a layer reads, W its weight and c a channel's columns, leaving costs
     tr(W_c ((H^-1)_cc)^-1 W_c^T), after which W and H^-1 are those of the refitted layer. The channel that costs least
     leaves first, until none is left; its score is that cost, so that channels which others can replace score low
-    whatever their size. Ours: costs are shares of a layer's output energy, added up over all layers that read a
-    channel; a score is never below an earlier leaver's; layers that `fold` cannot refit lose W_c x_c, which nothing
-    takes over. A group that no layer reads has ones.
+    whatever their size. Ours: costs are shares of what a layer gives (its mean square), added up over all layers that
+    read a channel; a score is never below an earlier leaver's; in grouped convolutions and layers of more than LARGEST
+    inputs a channel costs its own W_c x_c, which nothing takes over. A group that no layer reads has ones.
+
+    Time grows with the cube of a layer's inputs, and the moments of all layers are held at once, in float64.
 
     Args:
         batches: a few hundred images; labels are not looked at. One pass.
@@ -78,7 +80,7 @@ class _Reader:
     def matrix(self) -> Tensor:
         """(outputs, columns): the weight as a map of the columns; places of the kernel that share one are outputs."""
         weight = self.weight.double()
-        if has_windows(self.layer):
+        if has_windows(self.layer) or isinstance(self.layer, nn.Linear):
             return weight.flatten(1)
         if isinstance(self.layer, nn.modules.conv._ConvTransposeNd):
             return weight.flatten(1).T  # (I, O/groups, *k)
@@ -91,14 +93,15 @@ def _leaving(model: nn.Module, group: Group, readers: Mapping[nn.Module, _Reader
     """The costs of a group's channels, each at its turn: one tensor (size,), or none where nothing reads them."""
     places: dict[nn.Module, list[Tensor]] = {}
     for layer, _, inputs in layers(model, group, "in"):
-        places.setdefault(layer, []).append(inputs.flatten(1))
+        if readers[layer].count:  # others are never called: what uses their weight reads it unseen
+            places.setdefault(layer, []).append(inputs.flatten(1))
     fixed, fitted = torch.zeros(group.size, dtype=torch.float64), list[_Fit]()
     for layer, found in places.items():
         reader, own = readers[layer], torch.cat(found, 1)  # (size, inputs of a channel)
-        if not reader.count:
-            continue  # a layer that the forward pass never reaches
         own = (own[:, :, None] * reader.span + torch.arange(reader.span)).flatten(1).to(reader.weight.device)
         moments, matrix = torch.as_tensor(reader.moments) / reader.count, reader.matrix()
+        if not bool(moments.isfinite().all()):
+            return [torch.full((group.size,), torch.nan)]  # the network is broken, which `select` says
         if not reader.is_fitted:
             lost = matrix.square().sum(0) * moments
             fixed += (lost[own].sum(1) / lost.sum().clamp(min=torch.finfo(torch.float64).tiny)).cpu()
