@@ -107,9 +107,9 @@ def _refit(
 def _solve(own: Tensor, cross: Tensor, start: Tensor) -> Tensor:
     """own^-1 cross, drawn a little towards `start`: what is never seen stays as the cut left it."""
     ridge = RIDGE * own.diagonal().mean().clamp(min=1e-300)  # less would overflow where a layer reads zeros alone
-    return torch.linalg.solve(
-        own + ridge * torch.eye(len(own), dtype=own.dtype, device=own.device), cross + ridge * start
-    )
+    loaded = own + ridge * torch.eye(len(own), dtype=own.dtype, device=own.device)
+    solved: Tensor = torch.linalg.solve(loaded, cross + ridge * start)
+    return solved
 
 
 def _read(network: nn.Module, layer: nn.Module, batch: Tensor) -> Tensor:
