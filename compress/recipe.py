@@ -120,6 +120,9 @@ class BenchPart(BaseModel):
     batch: int = Field(1, ge=1, description="of the latencies that the report leads with")
     batches: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 8, 32), description="measured too, a few seconds each")
     threads: int = Field(1, ge=1)
+    seconds: float = Field(
+        20.0, gt=0, description="at most, for that batch; a quiet machine needs 2 for small networks"
+    )
     runtime: Literal["ort-cpu", "ort-cuda", "ort-tensorrt", "openvino"] = Field("ort-cpu")
 
 

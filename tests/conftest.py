@@ -78,7 +78,7 @@ def pruned_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     tiny = ["--method", "halo", "--target", "0.3", "--epochs", "2", "--set", "data.image_size=8", "--device", "cpu"]
-    tiny += ["--set", "bench.batches=[1,4]"]
+    tiny += ["--set", "bench.batches=[1,4]", "--set", "bench.seconds=1"]
     result = CliRunner().invoke(
         app, ["prune", str(ROOT / "models" / "digits_resnet20.pt"), *tiny, "--out", str(folder), "--json"]
     )

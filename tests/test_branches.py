@@ -233,7 +233,7 @@ def test_a_run_drops_blocks_and_verifies_and_inspect_names_them(tmp_path: Path) 
     out, arch = tmp_path / "run", "tests.nets:residual"
     asked = ["--arch", arch, "--data", "digits", "--target", "0.4", "--round-to", "8", "--drop-blocks"]
     asked = ["prune", tmp_path / "dense.safetensors", *asked, "--epochs", "1", "--set", "data.image_size=8"]
-    asked += ["--set", "bench.batches=[1]"]
+    asked += ["--set", "bench.batches=[1]", "--set", "bench.seconds=1"]
     assert answer(*asked, "--dry-run")["plan"]["dropped"]
     report = answer(*asked, "--out", out, "-q")
     left = [number for number in ("3.0", "3.1", "4") if f"{number}.bn2" in report["dropped"]]

@@ -98,6 +98,8 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path: Path) -> None:
         "data.image_size=8",
         "--out",
         str(folder),
+        "--set",
+        "bench.seconds=1",
         "--device",
         "cpu",
     ]

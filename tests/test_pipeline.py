@@ -35,6 +35,8 @@ ARGUMENTS = [
     "prune.rounds=2",
     "--set",
     "bench.batches=[1]",
+    "--set",
+    "bench.seconds=1",
     "-q",
 ]
 # The moments of the kills: each file appears in another stage, while the next piece of work is under way.
@@ -180,7 +182,7 @@ def test_a_network_of_ones_own_is_pruned_by_file_size_and_resumed_from_elsewhere
     given = ["--method", "ffr", "--metric", "size", "--target", "0.6", "--round-to", "1", "--data", "digits"]
     given += ["--epochs", "2", "--arch-arg", "width=48"]
     more = ["--arch", f"{tmp_path / 'mine.py'}:net", "--set", "data.image_size=8", "--out", out]
-    more += ["--set", "bench.batches=[1]"]
+    more += ["--set", "bench.batches=[1]", "--set", "bench.seconds=1"]
     more += ["--set", "prune.options={ffr: {k1: 0.5, align: pad}}"]
     first = call("prune", tmp_path / "mine.pt", *given, *more)
     assert 0.55 < first["kept"]["size"] <= 0.6
@@ -198,7 +200,7 @@ def test_a_latency_is_met_on_the_runtime_named(root: Path, tmp_path: Path, monke
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "run"
     given = ["--metric", "latency", "--target", "0.6", "--on", "ort-cpu:batch=4", "--epochs", "1", "--out", str(out)]
-    given += ["--set", "bench.batches=[4]", "--set", "train.compile=off", "--round-to", "4"]
+    given += ["--set", "bench.batches=[4]", "--set", "bench.seconds=1", "--set", "train.compile=off", "--round-to", "4"]
     finish(start(root, "prune", "models/digits_resnet20.pt", *given, "-q"))
     report = json.loads((out / "report.json").read_text())
     plan = json.loads((out / "state" / "round-1.json").read_text())["plan"]
@@ -215,7 +217,7 @@ def test_a_latency_is_met_on_the_runtime_named(root: Path, tmp_path: Path, monke
 
 def test_the_control_has_the_pruned_shapes_and_fresh_weights(root: Path, tmp_path: Path) -> None:
     given = ["--target", "0.5", "--epochs", "1", "--set", "data.image_size=8", "--out", str(tmp_path / "run"), "-q"]
-    given += ["--set", "bench.batches=[1]"]
+    given += ["--set", "bench.batches=[1]", "--set", "bench.seconds=1"]
     finish(start(root, "prune", "models/digits_resnet20.pt", *given, "--set", "prune.redraw=true"))
     state = tmp_path / "run" / "state"
     kept = json.loads((state / "round-1.json").read_text())["plan"]["kept"]
@@ -228,7 +230,16 @@ def test_the_control_has_the_pruned_shapes_and_fresh_weights(root: Path, tmp_pat
 def test_trackers_get_every_epoch(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     given = ["--method", "l2", "--target", "0.5", "--epochs", "1", "--set", "data.image_size=8", "-q"]
-    given += ["--set", "train.trackers=[tensorboard]", "--set", "bench.batches=[1]", "--out", str(tmp_path / "run")]
+    given += [
+        "--set",
+        "train.trackers=[tensorboard]",
+        "--set",
+        "bench.batches=[1]",
+        "--set",
+        "bench.seconds=1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     finish(start(root, "prune", "models/digits_resnet20.pt", *given))
     assert list((tmp_path / "run" / "trackers").rglob("events.out.tfevents.*"))
 
@@ -338,5 +349,7 @@ class TestRecipe:
 def test_the_dense_control_keeps_every_channel_whatever_is_counted(tmp_path: Path) -> None:
     """--target 1 by file size: the margin that such a target leaves for the graph's own bytes must not cut."""
     options = ("--method", "l2", "--target", 1, "--metric", "size", "--epochs", 1, "--set", "data.image_size=8")
-    document = answer("prune", MODEL, *options, "--set", "bench.batches=[1]", "--out", tmp_path / "run")
+    document = answer(
+        "prune", MODEL, *options, "--set", "bench.batches=[1]", "--set", "bench.seconds=1", "--out", tmp_path / "run"
+    )
     assert document["dense"]["params"] == document["pruned"]["params"] > 0

@@ -22,7 +22,7 @@ from compress.recipe import Recipe
 from compress.scores import DATA_DRIVEN, SCORES
 from compress.scores.reconstruction import obs
 from compress.scores.samples import activation, hessian, obd_c, taylor
-from compress.scores.weights import fpgm, lamp
+from compress.scores.weights import fpgm, l2, lamp
 from tests.nets import NETS, lively
 
 X = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -371,8 +371,8 @@ def test_obs_takes_a_group_whose_reader_is_never_called_for_unread() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.conv2d(self.a(x), self.b.weight)
 
-    group = Group("a", 4, (Slice("a.weight", 0), Slice("b.weight", 1)), None)
-    assert torch.equal(obs(Unseen(), [group], batches(2))["a"], torch.ones(4))
+    model, group = Unseen(), Group("a", 4, (Slice("a.weight", 0), Slice("b.weight", 1)), None)
+    assert torch.equal(obs(model, [group], batches(2))["a"], l2(model, [group])["a"])
 
 
 def test_obs_of_a_broken_network_is_not_finite() -> None:

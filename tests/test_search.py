@@ -172,7 +172,7 @@ def recipe_of(**train: object) -> Recipe:
             "prune": {"round_to": 1},
             "train": {"epochs": 2, "compile": "off", **train},
             "device": "cpu",
-            "bench": {"batches": [1]},
+            "bench": {"batches": [1], "seconds": 1},
         }
     )
 
@@ -332,7 +332,7 @@ class TestCommandLine:
 
     def test_from_the_dry_run_to_another_trial(self, files: list[str], tmp_path: Path) -> None:
         given = [*files, "--epochs", "1", "--set", "data.image_size=8", "--round-to", "1", "--device", "cpu"]
-        given += ["--set", "bench.batches=[1]"]
+        given += ["--set", "bench.batches=[1]", "--set", "bench.seconds=1"]
         budget = ["--max-drop", "90", "--out", tmp_path / "run"]
         plan = answer("prune", *given, *budget, "--dry-run", "-q")
         assert plan["ladder"][:2] == [0.5, 0.25] and not (tmp_path / "run").exists()

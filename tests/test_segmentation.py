@@ -104,7 +104,7 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, A
     report = answer(
         "prune", place / "net.safetensors", "--arch", f"{folder / 'net.py'}:net", "--data", folder, "--target", 0.6,
         "--epochs", 3, "--round-to", 1, "--set", "train.batch_size=8", "--set", "bench.batches=[1]", "--device", "cpu",
-        "--out", place / "out",
+        "--out", place / "out", "--set", "bench.seconds=1",
     )  # fmt: skip
     return place / "net.safetensors", json.loads(first.stdout), report
 

@@ -42,7 +42,7 @@ PARAMS = sum(p.numel() for p in network().parameters())
 def recipe(method: str = "halo", **prune: Any) -> Recipe:
     part = {"method": method, "granularity": "weight", "keep": 0.1, **prune}
     train = {"epochs": 3, "batch_size": 512, "precision": "fp32", "compile": "off"}
-    data, bench = {"source": "digits", "image_size": 8}, {"batches": []}
+    data, bench = {"source": "digits", "image_size": 8}, {"batches": [], "seconds": 1}
     return make(
         {"model": {"path": "mine"}, "prune": part, "train": train, "data": data, "device": "cpu", "bench": bench}
     )

@@ -49,13 +49,12 @@ def measure(run: Run) -> dict[str, Any]:
     """
     part, seed = run.recipe.bench, run.recipe.seed
     files = [run.folder.path / "dense.onnx", run.folder.path / "model.onnx"]
-    first = benchmark(files, batch=part.batch, threads=part.threads, runtime=part.runtime, seed=seed)
+    place: dict[str, Any] = {"threads": part.threads, "runtime": part.runtime, "seed": seed}
+    first = benchmark(files, batch=part.batch, seconds=part.seconds, **place)
     found = {**first.model_dump(mode="json"), "further": list[dict[str, Any]]()}
     for batch in dict.fromkeys(batch for batch in part.batches if batch != part.batch):
         try:
-            more = benchmark(
-                files, batch=batch, threads=part.threads, runtime=part.runtime, seconds=FURTHER_SECONDS, seed=seed
-            )
+            more = benchmark(files, batch=batch, seconds=min(FURTHER_SECONDS, part.seconds), **place)
             found["further"].append(more.model_dump(mode="json"))
         except MeasureError as error:
             found["conditions"]["warnings"].append(f"batch {batch} was not measured: {error}")

@@ -12,6 +12,7 @@ from compress.groups import Group
 from compress.groups.parts import layer_mean, layers
 from compress.groups.reading import channels, has_windows, windows
 from compress.scores.layers import Batches, Scores, evaluating, read
+from compress.scores.weights import l2
 
 RIDGE = 1e-3  # of each column's mean square: what few images cannot tell apart is no sure replacement (ours)
 LARGEST = 4096  # columns of a layer that can be refitted, as in folding.py
@@ -26,7 +27,7 @@ def obs(model: nn.Module, groups: Sequence[Group], batches: Batches | None = Non
     leaves first, until none is left; its score is that cost, so that channels which others can replace score low
     whatever their size. Ours: costs are shares of what a layer gives (its mean square), added up over all layers that
     read a channel; a score is never below an earlier leaver's; in grouped convolutions and layers of more than LARGEST
-    inputs a channel costs its own W_c x_c, which nothing takes over. A group that no layer reads has ones.
+    inputs a channel costs its own W_c x_c, which nothing takes over. A group that no layer reads falls back to `l2`.
 
     Time grows with the cube of a layer's inputs, and the moments of all layers are held at once, in float64.
 
@@ -42,7 +43,9 @@ def obs(model: nn.Module, groups: Sequence[Group], batches: Batches | None = Non
     finally:
         for handle in handles:
             handle.remove()
-    return {group.name: layer_mean(_leaving(model, group, readers), group.size) for group in groups}
+    lost = {group.name: _leaving(model, group, readers) for group in groups}
+    unread = [group for group in groups if not lost[group.name]]
+    return {group.name: layer_mean(lost[group.name], group.size) for group in groups} | dict(l2(model, unread))
 
 
 @dataclass
