@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,12 +14,11 @@ from compress import ranks
 from compress.groups import Group
 from compress.groups.cut import removed_elements, without
 from compress.groups.parts import side
-from compress.groups.reading import channels, has_windows, windows
+from compress.groups.reading import channels
 from compress.groups.types import Slice
 from compress.structure import owner
 
 RIDGE = 1e-3  # of the mean square of what is read: keeps the solution near the cut one where there are few images
-LEAST_ROWS = 4  # for each column, or one matrix over channels carries over better to other images (ours)
 LARGEST = 4096  # inputs of a layer: the normal equations of more take too long and too much memory
 
 
@@ -37,11 +36,10 @@ def fold(
     """Refit every weight that read a removed channel, so that its layer gives what it gave before the cut.
 
     Layer by layer, in the order of the forward pass: with x what the layer reads in the dense network and y what it
-    reads in this one, W minimises sum |W_dense x - W y|^2 over places of `images` (+ a ridge towards the cut W). So
-    the errors of earlier layers are made up for as well, as in the reconstruction of Luo et al. (ThiNet, arXiv
-    1707.06342, equation 7) and He et al. (arXiv 1707.06168, equation 1), every place of a kernel by itself. Where that
-    is too wide (`groups.reading`) or the places are too few for it, and in transposed convolutions, one matrix A over
-    channels serves all places of a kernel: it minimises sum |x - A y|^2, and W becomes W_dense A. Layers of more than
+    reads in this one, A minimises sum |x - A y|^2 over places of `images` (+ a ridge towards the cut), and W becomes
+    the dense W A. So the errors of earlier layers are made up for as well, as in the reconstruction of Luo et al.
+    (ThiNet, arXiv 1707.06342, equation 7), here with one matrix over channels for all places of a kernel: every place
+    by itself is closer right after the cut, and behind after five epochs (benchmarks/LOG.md). Layers of more than
     LARGEST inputs stay as they were cut.
 
     Args:
@@ -80,36 +78,21 @@ def _reading_axis(model: nn.Module, name: str, gone: Mapping[int, Tensor]) -> in
 def _refit(
     model: nn.Module, dense: nn.Module, name: str, *, axis: int, gone: Mapping[int, Tensor], batches: Sequence[Tensor]
 ) -> None:
-    """The weight of one layer from the normal equations in float64."""
+    """W <- W_dense A for one layer, A from the normal equations in float64; what is never seen stays as it was cut."""
     (layer, leaf), (whole, _) = owner(model, name), owner(dense, name)
-    weight = without(getattr(whole, leaf).detach(), {dim: leaving for dim, leaving in gone.items() if dim != axis})
-    cut = getattr(layer, leaf)
-
-    def moments(laid: Callable[[nn.Module, Tensor], Tensor], given: Tensor) -> tuple[Tensor, Tensor, float]:
-        """sum y y^T, sum y (x given)^T, and the rows that these are sums of, over all processes."""
-        own, cross, rows = torch.zeros(()), torch.zeros(()), 0
-        for batch in batches:
-            y, x = (laid(of, _read(network, of, batch)) for network, of in ((model, layer), (dense, whole)))
-            own, cross, rows = own.to(y) + y.T @ y, cross.to(y) + y.T @ (x @ given), rows + len(y)
-        return ranks.summed(own), ranks.summed(cross), float(ranks.summed(torch.tensor(float(rows))))
-
-    if has_windows(whole):
-        own, cross, rows = moments(windows, weight.flatten(1).T.double())
-        if rows >= LEAST_ROWS * len(own):
-            cut.copy_(_solve(own, cross, cut.detach().flatten(1).T.double()).T.reshape(cut.shape))
-            return
-    same = torch.eye(weight.shape[axis], dtype=torch.float64, device=weight.device)
-    own, cross, _ = moments(channels, same)
-    solved = _solve(own, cross, without(same, {0: gone[axis]}))  # (kept, inputs)
-    cut.copy_(torch.tensordot(weight.double(), solved, dims=([axis], [1])).movedim(-1, axis))
-
-
-def _solve(own: Tensor, cross: Tensor, start: Tensor) -> Tensor:
-    """own^-1 cross, drawn a little towards `start`: what is never seen stays as the cut left it."""
+    own: Tensor | float = 0.0
+    cross: Tensor | float = 0.0
+    for batch in batches:
+        y, x = (channels(of, _read(network, of, batch)) for network, of in ((model, layer), (dense, whole)))
+        own, cross = own + y.T @ y, cross + y.T @ x  # (kept, kept), (kept, inputs)
+    assert isinstance(own, Tensor) and isinstance(cross, Tensor)
+    own, cross = ranks.summed(own), ranks.summed(cross)
     ridge = RIDGE * own.diagonal().mean().clamp(min=1e-300)  # less would overflow where a layer reads zeros alone
-    loaded = own + ridge * torch.eye(len(own), dtype=own.dtype, device=own.device)
-    solved: Tensor = torch.linalg.solve(loaded, cross + ridge * start)
-    return solved
+    same = torch.eye(cross.shape[1], dtype=own.dtype, device=own.device)
+    start = without(same, {0: gone[axis]})  # (kept, inputs): the cut itself, which takes nothing over
+    solved = torch.linalg.solve(own + ridge * same[: len(own), : len(own)], cross + ridge * start)
+    weight = without(getattr(whole, leaf).detach(), {dim: leaving for dim, leaving in gone.items() if dim != axis})
+    getattr(layer, leaf).copy_(torch.tensordot(weight.double(), solved, dims=([axis], [1])).movedim(-1, axis))
 
 
 def _read(network: nn.Module, layer: nn.Module, batch: Tensor) -> Tensor:
