@@ -15,7 +15,7 @@ from compress.scores.layers import Batches, Scores, evaluating, read
 from compress.scores.weights import l2
 
 RIDGE = 1e-3  # of each column's mean square: what few images cannot tell apart is no sure replacement (ours)
-LARGEST = 4096  # columns of a layer that can be refitted, as in folding.py
+LARGEST = 4096  # inputs of a layer that takes over what leaves, as many as folding.py refits
 
 
 def obs(model: nn.Module, groups: Sequence[Group], batches: Batches | None = None) -> Scores:
