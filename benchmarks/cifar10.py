@@ -151,25 +151,15 @@ class Job:
         target = [] if "--target" in options else ["--target", f"{self.keep:g}"]
         folder = bench.work / f"{bench.table}-{bench.conditions}"
         name = f"{_plain(self.row)}-{self.keep:g}-{self.seed}"
+        settings = {
+            "data.val_share": bench.val_share, "prune.rounds": 1, "train.sparse_share": 0.4,
+            "bench.seconds": 1,  # latencies are not taken from here
+        }  # fmt: skip
         return [
             *("prune", str(bench.dense), "--data", str(bench.data), "--epochs", str(bench.epochs)),
-            *(
-                "--seed",
-                str(self.seed),
-                "--set",
-                f"data.val_share={bench.val_share}",
-                "--round-to",
-                "1",
-                "--set",
-                "prune.rounds=1",
-                "--set",
-                "train.sparse_share=0.4",
-                "--device",
-                "cpu",
-                "--out",
-                str(folder / name),
-                "--resume",
-            ),
+            *("--seed", str(self.seed), "--round-to", "1", "--device", "cpu"),
+            *(word for knob, value in settings.items() for word in ("--set", f"{knob}={value}")),
+            *("--out", str(folder / name), "--resume"),
             *target,
             *options,
         ]
@@ -183,19 +173,8 @@ def train_dense(bench: Bench) -> None:
     weights = str(bench.checkpoints / CHECKPOINTS[bench.arch])
     bench.call(
         *("train", "--arch", bench.arch, "--init", weights, "--data", str(bench.data), "--epochs", str(bench.epochs)),
-        *(
-            "--lr",
-            "0.05",
-            "--seed",
-            "0",
-            "--val-share",
-            str(bench.val_share),
-            "--device",
-            "cpu",
-            "--out",
-            str(bench.dense),
-            "--resume",
-        ),
+        *("--lr", "0.05", "--seed", "0", "--val-share", str(bench.val_share), "--device", "cpu"),
+        *("--out", str(bench.dense), "--resume"),
     )
 
 

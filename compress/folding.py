@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from compress import ranks
-from compress.groups import Group
+from compress.groups import Group, reading
 from compress.groups.cut import removed_elements, without
 from compress.groups.parts import side
-from compress.groups.reading import channels
 from compress.groups.types import Slice
 from compress.structure import owner
 
 RIDGE = 1e-3  # of the mean square of what is read: keeps the solution near the cut one where there are few images
-LARGEST = 4096  # inputs of a layer: the normal equations of more take too long and too much memory
 
 
 class _Reached(Exception):
@@ -40,7 +38,7 @@ def fold(
     the dense W A. So the errors of earlier layers are made up for as well, as in the reconstruction of Luo et al.
     (ThiNet, arXiv 1707.06342, equation 7), here with one matrix over channels for all places of a kernel: every place
     by itself is closer right after the cut, and behind after five epochs (benchmarks/LOG.md). Layers of more than
-    LARGEST inputs stay as they were cut.
+    reading.WIDEST inputs stay as they were cut.
 
     Args:
         model: cut to `kept`, in place changed; its batch norms count by batch here, their statistics being another
@@ -72,7 +70,7 @@ def _reading_axis(model: nn.Module, name: str, gone: Mapping[int, Tensor]) -> in
     if not plain or not isinstance(tensor, nn.Parameter) or not tensor.requires_grad:
         return None
     axis = next((dim for dim in gone if side(module, Slice(name, dim)) == "in"), None)
-    return axis if axis is None or tensor.shape[axis] + len(gone[axis]) <= LARGEST else None
+    return axis if axis is None or tensor.shape[axis] + len(gone[axis]) <= reading.WIDEST else None
 
 
 def _refit(
@@ -83,7 +81,7 @@ def _refit(
     own: Tensor | float = 0.0
     cross: Tensor | float = 0.0
     for batch in batches:
-        y, x = (channels(of, _read(network, of, batch)) for network, of in ((model, layer), (dense, whole)))
+        y, x = (reading.channels(of, _read(network, of, batch)) for network, of in ((model, layer), (dense, whole)))
         own, cross = own + y.T @ y, cross + y.T @ x  # (kept, kept), (kept, inputs)
     assert isinstance(own, Tensor) and isinstance(cross, Tensor)
     own, cross = ranks.summed(own), ranks.summed(cross)

@@ -125,7 +125,7 @@ def test_what_is_never_seen_stays_as_it_was_cut(kernel: int) -> None:
 
 
 def test_layers_too_wide_and_networks_in_training_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compress.folding.LARGEST", 4)
+    monkeypatch.setattr("compress.groups.reading.WIDEST", 4)
     dense, kept = _doubled()
     groups = _groups(dense)
     smaller = copy.deepcopy(dense)

@@ -338,8 +338,8 @@ def test_obs_adds_up_all_readers_and_takes_those_it_cannot_refit_at_their_weight
 
 @pytest.mark.parametrize("largest", [5, 4096])
 def test_obs_behind_a_flatten_and_in_wide_linear_layers(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A channel of four inputs each; beyond LARGEST inputs it costs what it gives, else what the others cannot."""
-    monkeypatch.setattr("compress.scores.reconstruction.LARGEST", largest)
+    """A channel of four inputs each; beyond WIDEST inputs it costs what it gives, else what the others cannot."""
+    monkeypatch.setattr("compress.groups.reading.WIDEST", largest)
     monkeypatch.setattr("compress.scores.reconstruction.RIDGE", 1e-12)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 4))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROWS = 8192  # places drawn from one batch: eight of them give 28 and more for every column (ours)
+WIDEST = 4096  # inputs of a layer that can be refitted: more take too long and too much memory (ours)
 COLUMNS = 2304  # of the widest rows with the kernel's places apart, 3 x 3 over 256 inputs: seconds for a layer (ours)
 
 

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from compress.groups import Group
+from compress.groups import Group, reading
 from compress.groups.parts import layer_mean, layers
 from compress.groups.reading import channels, has_windows, windows
 from compress.scores.layers import Batches, Scores, evaluating, read
 from compress.scores.weights import l2
 
 RIDGE = 1e-3  # of each column's mean square: what few images cannot tell apart is no sure replacement (ours)
-LARGEST = 4096  # inputs of a layer that takes over what leaves, as many as folding.py refits
 
 
 def obs(model: nn.Module, groups: Sequence[Group], batches: Batches | None = None) -> Scores:
@@ -26,8 +25,9 @@ def obs(model: nn.Module, groups: Sequence[Group], batches: Batches | None = Non
     tr(W_c ((H^-1)_cc)^-1 W_c^T), after which W and H^-1 are those of the refitted layer. The channel that costs least
     leaves first, until none is left; its score is that cost, so that channels which others can replace score low
     whatever their size. Ours: costs are shares of what a layer gives (its mean square), added up over all layers that
-    read a channel; a score is never below an earlier leaver's; in grouped convolutions and layers of more than LARGEST
-    inputs a channel costs its own W_c x_c, which nothing takes over. A group that no layer reads falls back to `l2`.
+    read a channel; a score is never below an earlier leaver's; in grouped convolutions and layers of more than
+    reading.WIDEST inputs a channel costs its own W_c x_c, which nothing takes over. A group that no layer reads falls
+    back to `l2`.
 
     Time grows with the cube of a layer's inputs, and the moments of all layers are held at once, in float64.
 
@@ -61,7 +61,7 @@ class _Reader:
     def __post_init__(self) -> None:
         weight = self.weight
         is_grouped = getattr(self.layer, "groups", 1) > 1
-        self.is_fitted = not is_grouped and self.inputs <= LARGEST
+        self.is_fitted = not is_grouped and self.inputs <= reading.WIDEST
         self.span = weight[0, 0].numel() if has_windows(self.layer) else 1
 
     @property
