@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress.pipeline import serves
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
@@ -159,10 +161,15 @@ class Job:
             *("prune", str(bench.dense), "--data", str(bench.data), "--epochs", str(bench.epochs)),
             *("--seed", str(self.seed), "--round-to", "1", "--device", "cpu"),
             *(word for knob, value in settings.items() for word in ("--set", f"{knob}={value}")),
-            *("--out", str(folder / name), "--resume"),
+            *("--out", str(folder / name), "--resume", *self._reused(folder)),
             *target,
             *options,
         ]
+
+    def _reused(self, folder: Path) -> list[str]:
+        """`--reuse` with the run at another share that has the training towards sparsity which this row begins with."""
+        mates = folder.glob(f"{_plain(self.row)}-*-{self.seed}")
+        return next((["--reuse", str(mate)] for mate in mates if serves(mate, keep=self.keep)), [])
 
 
 def train_dense(bench: Bench) -> None:

@@ -164,7 +164,7 @@ class Children:
 
         place = self._out / "runs" / cell.name
         begun = ["resume", str(place)]  # with the threads that it was begun with, here or on another machine
-        new = [*arguments(self._grid, cell, place), "--threads", str(self._threads)]
+        new = [*arguments(self._grid, cell, place), "--threads", str(self._threads), *self._reused(cell)]
         given = begun if (place / "recipe.yaml").is_file() else new
         child = subprocess.Popen(
             [sys.executable, "-m", "compress.cli", *given, "--json", "-q"],
@@ -183,6 +183,18 @@ class Children:
             raise CompressError(last.removeprefix("error: "))
         report: dict[str, Any] = json.loads(out.splitlines()[-1])
         return report
+
+    def _reused(self, cell: Any) -> list[str]:
+        """`--reuse` with the run of another target whose training towards sparsity is the same."""
+        from compress import pipeline
+        from compress.comparison.grid import cells
+
+        for other in cells(self._grid):
+            place = self._out / "runs" / other.name
+            is_mate = (other.model, other.row, other.seed) == (cell.model, cell.row, cell.seed) and other != cell
+            if is_mate and pipeline.serves(place, keep=cell.target):
+                return ["--reuse", str(place)]
+        return []
 
     def interrupt(self) -> None:
         for child in list(self._running):

@@ -14,6 +14,8 @@ import typer
 from compress.cli import options, search, view
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
     from compress.checkpoint import ModelInfo
@@ -68,6 +70,10 @@ def prune(
     seed: options.Seed = None,
     device: options.Device = None,
     threads: options.Threads = None,
+    reuse: Annotated[
+        Path | None,
+        typer.Option("--reuse", metavar="DIR", help="Take the sparse training of a run with, say, another target"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be cut; train and write nothing")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one")] = False,
     force: Annotated[bool, typer.Option("--force", help="Delete an earlier run in --out")] = False,
@@ -111,10 +117,14 @@ def prune(
     if begun is not None and dry_run:
         raise UsageError(f"--dry-run shows what a new run would cut; {begun} is begun: leave out --resume")
     asked = search.wanted(max_drop, trials, against, target=target or target_ms, begun=begun)
+    if reuse is not None and asked is not None:
+        raise UsageError("--reuse is for one run; the trials of a search share their sparse training already")
     checked = _recipe(recipe, given, set_ or [], begun)
     if begun is not None:
         _finish(begun, asked, as_json=as_json)
         return
+    if reuse is not None:
+        ranks.first(lambda: RunFolder.existing(reuse).path)
     network, info, source = load.network(model, checked.model.arch or None, checked.model.arch_args)
     if dry_run and asked is not None:
         search.show_plan(asked, checked, network, info, as_json=as_json)
@@ -128,7 +138,7 @@ def prune(
         return str(RunFolder.create(out or _default_folder(model, checked.prune.method, text), text, force=force).path)
 
     folder = RunFolder(Path(ranks.first(create)))
-    _run(checked, network, info, folder, source.sha256, asked, as_json=as_json)
+    _run(checked, network, info, folder, source.sha256, asked, as_json=as_json, reuse=reuse)
 
 
 def resume(
@@ -202,13 +212,13 @@ def _finish(path: Path, asked: Search | None, *, as_json: bool) -> None:
 
 def _run(
     recipe: Recipe, network: nn.Module, info: ModelInfo, folder: RunFolder, sha256: str, asked: Search | None,
-    *, as_json: bool,
+    *, as_json: bool, reuse: Path | None = None,
 ) -> None:  # fmt: skip
     from compress import pipeline, ranks
     from compress.cli import user_code
     from compress.errors import RunFolderError
 
-    run = pipeline.run
+    run: Callable[..., dict[str, Any]] = partial(pipeline.run, reuse=reuse)
     if asked is not None:
         from compress.search import search as searched
 

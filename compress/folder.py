@@ -45,28 +45,37 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """An existing run's folder.
+        """An existing run's folder, to go on with it.
+
+        Raises:
+            RunFolderError: there is no run in `path`.
+        """
+        found = cls.existing(path)
+        (path / "state").mkdir(exist_ok=True)
+        return found
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """The folder of a run, for reading: nothing is made in it.
 
         Raises:
             RunFolderError: there is no run in `path`.
         """
         if not (path / "recipe.yaml").is_file():
             raise RunFolderError(f"{path} holds no run (no recipe.yaml); give the folder that `compress prune` made")
-        (path / "state").mkdir(exist_ok=True)
         return cls(path)
 
     @classmethod
     def finished(cls, path: Path) -> RunFolder:
-        """The folder of a run that came to its end, for reading: nothing is made in it.
+        """The folder of a run that came to its end, for reading.
 
         Raises:
             RunFolderError: there is no run in `path`, or it has no report yet.
         """
-        if not (path / "recipe.yaml").is_file():
-            raise RunFolderError(f"{path} holds no run (no recipe.yaml); give the folder that `compress prune` made")
+        found = cls.existing(path)
         if not (path / "report.json").is_file():
             raise RunFolderError(f"the run in {path} is not finished (no report.json); continue it: `compress resume`")
-        return cls(path)
+        return found
 
     def discard(self) -> None:
         """Delete the folder of a run that has done nothing yet."""

@@ -375,6 +375,26 @@ class TestCommandLine:
         found = Children(tmp_path, GRID, 7).run(cell)
         assert found["pruned"] == json.loads(pruned_run[1].stdout)["pruned"]
 
+    @pytest.mark.parametrize(("row", "is_shared"), [("halo", True), ("ggr", False), ("ffr", False), ("l2", False)])
+    def test_runs_at_other_targets_share_the_training_towards_sparsity(
+        self, row: str, is_shared: bool, pruned_run: tuple[Path, Any], tmp_path: Path
+    ) -> None:
+        """Not with another row, and not where it depends on the target."""
+        from compress.cli.compare import Children
+
+        grid = GRID.model_copy(update={"methods": (row,), "targets": (0.3, 0.1), "seeds": 1})
+        first, _, second, *_ = cells(grid)
+        assert (first.row, first.target, second.row, second.target) == (row, 0.3, row, 0.1)
+        place = tmp_path / "runs" / first.name
+        shutil.copytree(pruned_run[0], place)
+        recipe = (place / "recipe.yaml").read_text()
+        (place / "recipe.yaml").write_text(recipe.replace("method: halo", f"method: {row}"))
+        if row == "ffr":
+            (place / "recipe.yaml").unlink()
+        if row == "l2":
+            (place / "state" / "round-1.pt").unlink()
+        assert Children(tmp_path, grid, 1)._reused(second) == (["--reuse", str(place)] if is_shared else [])
+
     def test_a_signal_to_this_process_alone_ends_the_runs(self, tmp_path: Path) -> None:
         queue, ended = Queue(str(tmp_path / "queue"), "x", free), threading.Event()
         queue.fill(["a"])

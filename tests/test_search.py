@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -209,6 +210,24 @@ class TestSearch:
         assert comparable(broken["search"]) == comparable(whole["search"])
         assert broken["kept"] == whole["kept"] and broken["pruned"]["top1"] == whole["pruned"]["top1"]
         self.check(tmp_path / "whole", whole, wanted)
+
+    def test_trials_share_their_training_towards_sparsity(self, trained: nn.Module, tmp_path: Path) -> None:
+        """Whether or not the trial that has trained fits the budget."""
+        recipe = recipe_of()
+        recipe = recipe.model_copy(update={"prune": recipe.prune.model_copy(update={"method": "halo"})})
+        for drop, name in ((90.0, "all fit"), (-100.0, "none fits")):
+            trained_in: list[int] = []
+
+            def note(event: Any) -> None:
+                if event.stage == "search" and event.text.startswith("trial "):
+                    trained_in.append(0)  # noqa: B023  called at once
+                if event.stage == "round-1" and event.progress is not None and event.progress.top1 is not None:
+                    trained_in[-1] += 1  # noqa: B023
+
+            folder, wanted = begin(tmp_path / name, recipe), Search.model_construct(max_drop=drop, trials=3)
+            with suppress(AccuracyError):
+                search(recipe, trained, INFO, wanted=wanted, folder=folder, on_event=note)
+            assert trained_in == [1, 0, 0]
 
     def check(self, folder: Path, report: dict[str, Any], wanted: Search) -> None:
         """The folder is an ordinary run's: the winner's, which is the smallest that fits."""

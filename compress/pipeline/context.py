@@ -64,6 +64,7 @@ class Run:
     device: Any  # accelerate.Accelerator
     emit: OnEvent
     task: Task
+    reuse: Path | None = None  # a run whose training before the first cut is this one's, too
 
     @property
     def keep(self) -> float:
@@ -222,6 +223,7 @@ def open_run(
     source_sha256: str,
     emit: OnEvent,
     task: Task | None = None,
+    reuse: Path | None = None,
 ) -> Run:
     """Check what can be checked at once, load the data and the dense weights, save what a resume needs of both."""
     emit(Event("load"))
@@ -265,7 +267,7 @@ def open_run(
 
     settled = ModelInfo.model_validate(ranks.first(settle))
     _load(model, folder.path / "state" / "dense.safetensors")
-    return Run(recipe, folder, model.eval(), settled, loaded, device, emit, task)
+    return Run(recipe, folder, model.eval(), settled, loaded, device, emit, task, reuse)
 
 
 def _load(model: nn.Module, path: Path) -> None:

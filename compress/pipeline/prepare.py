@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from compress import cost, train
+from compress import cost, ranks, train
 from compress.aim import dense_latency
 from compress.allocation import powers
 from compress.data import Loader
@@ -20,6 +20,7 @@ from compress.groups import Group, trace
 from compress.pipeline import timing, zeros
 from compress.pipeline.context import Run
 from compress.pipeline.export import write_onnx
+from compress.pipeline.reuse import adopt
 from compress.pipeline.rounds import make_regularizers
 from compress.pipeline.widths import branches_of, select_as, sensitivity_of
 from compress.recipe import PrunePart, Recipe
@@ -70,6 +71,8 @@ def _between(count: int, rounds: int) -> int:
 
 def prepare(run: Run) -> dict[str, Any]:
     """Trace and price the dense network, judge it, and see that the target is within reach before any training."""
+    if (source := run.reuse) is not None:
+        ranks.first(lambda: adopt(run, source))
     example = run.example()
     train.check_output(run.dense, example, run.task, run.data.labels)
     _check_score(run)

@@ -77,7 +77,7 @@ def _round(run: Run, model: nn.Module, what: _Round) -> dict[str, Any]:
                 run.settings(what.name, what.epochs), penalty_share=run.recipe.prune.penalty_share, fixed=fixed
             )
             outcome = run.train(model, settings, regularizers, teacher(run) if what.before is not None else None)
-            strong = begun(_names(run.recipe), outcome.strengths, fixed, run.recipe.prune.penalty_share)
+            strong = begun(regularizer_names(run.recipe), outcome.strengths, fixed, run.recipe.prune.penalty_share)
             for strength in strong:
                 run.emit(Event(what.name, strength_words(strength)))
         scores = _worth(run, model, groups, regularizers)
@@ -161,7 +161,7 @@ def make_regularizers(recipe: Recipe, defaults: Mapping[str, Any]) -> list[Regul
     Raises:
         UsageError: options for a regulariser that takes no part, that it does not have, or that it refuses.
     """
-    names = _names(recipe)
+    names = regularizer_names(recipe)
     for name in recipe.prune.options:
         if name not in names:
             raise UsageError(
@@ -170,7 +170,8 @@ def make_regularizers(recipe: Recipe, defaults: Mapping[str, Any]) -> list[Regul
     return make({name: recipe.prune.options.get(name, {}) for name in names}, defaults)
 
 
-def _names(recipe: Recipe) -> list[str]:
+def regularizer_names(recipe: Recipe) -> list[str]:
+    """The regularisers that take part, the method's first."""
     return [name for name in (recipe.prune.method, *recipe.prune.regularize) if name in REGULARIZERS]
 
 
@@ -199,7 +200,7 @@ def _attach(
             regularizer.scale_penalty(prune.strength)
     if before is not None or prune.strength is not None:
         return frozenset(range(len(regularizers)))
-    return given_places(regularizers, (prune.options.get(name, {}) for name in _names(run.recipe)))
+    return given_places(regularizers, (prune.options.get(name, {}) for name in regularizer_names(run.recipe)))
 
 
 def _scores(run: Run, model: nn.Module, groups: Sequence[Group], regularizers: Sequence[Regularizer]) -> Scores:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ def run(
     on_event: OnEvent = lambda event: None,
     task: Task | None = None,
     until: str = LAST,
+    reuse: Path | None = None,
 ) -> dict[str, Any]:
     """Prune `model` as `recipe` says and leave the evidence in `folder`; what is there already is not done again.
 
@@ -45,6 +47,8 @@ def run(
         task: one's own; None: the task of ours that the recipe or `info` names.
         source_sha256: of the checkpoint file, for the metadata of what is written.
         until: the stage after which to stop, a key of STAGES; a later call does the others.
+        reuse: the folder of a run whose training before its first cut is to be this one's, too; where it has begun
+            already it goes by what it has.
 
     Returns: the report, as in report.json; of a run that stops before it what its last stage found.
 
@@ -62,7 +66,7 @@ def run(
 
     with ExitStack() as held, _threads(recipe.threads):
         ranks.first(lambda: _hold(held, folder))
-        opened = open_run(recipe, model, info, folder, source_sha256, emit, task)
+        opened = open_run(recipe, model, info, folder, source_sha256, emit, task, reuse)
         for name, stage in stages_of(recipe, until=until).items():
             if opened.has(f"state/{name}.json"):
                 continue

@@ -113,12 +113,15 @@ def _trials(bench: Bench, found: Space, against: float | None) -> list[Outcome]:
 
 
 def _end(bench: Bench, journal: Journal, outcome: Outcome) -> None:
-    """Note the outcome; of all trials but the best one the weights go."""
+    """Note the outcome; of all trials but the best one the weights go.
+
+    As long as none fits the last one keeps its own, of which the next takes its training towards sparsity.
+    """
     journal.end(outcome, bench.wanted)
     done = journal.done()
-    winner = best(done, bench.wanted)
+    winner = best(done, bench.wanted) or outcome
     for other in done:
-        if winner is None or other.number != winner.number:
+        if other.number != winner.number:
             strip(bench.place(other.number))
 
 

@@ -118,8 +118,14 @@ def _run(bench: Bench, recipe: Recipe, number: int | None, emit: OnEvent) -> dic
         shutil.rmtree(place, ignore_errors=True)  # killed before its recipe was written
         return str(RunFolder.create(place, recipe.to_yaml()).path)
 
+    def mate() -> str:
+        """Another trial that has the training towards sparsity which this one begins with; "" where there is none."""
+        others = (other for other in sorted(place.parent.iterdir()) if other != place)
+        return next((str(other) for other in others if pipeline.serves(other, keep=recipe.prune.keep)), "")
+
     opened = RunFolder(Path(ranks.first(folder)))
     given = {"folder": opened, "source_sha256": bench.source_sha256, "on_event": emit, "task": bench.task}
+    given["reuse"] = Path(found) if (found := ranks.first(mate)) else None
     return pipeline.run(recipe, bench.model, bench.info, until=LAST, **given)  # type: ignore[arg-type]
 
 
