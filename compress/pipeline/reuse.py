@@ -17,12 +17,7 @@ from compress.regularize import REGULARIZERS
 TRAINED = "state/round-1.pt"  # the state at the end of it, as the run left it
 CUT = "state/round-1.json"  # once this is there, that training was over
 SHAPING = {"method", "regularize", "granularity", "rounds", "penalty_share", "options", "strength"}  # of `prune`
-LATER = {
-    "distill",
-    "temperature",
-    "compile",
-    "trackers",
-}  # of `train`: what begins with the first cut, or changes nothing
+LATER = {"distill", "temperature", "compile", "trackers"}  # of `train`: begin with the first cut, or change nothing
 TARGET = ("keep", "metric", "target_ms")
 
 

@@ -115,13 +115,14 @@ def _trials(bench: Bench, found: Space, against: float | None) -> list[Outcome]:
 def _end(bench: Bench, journal: Journal, outcome: Outcome) -> None:
     """Note the outcome; of all trials but the best one the weights go.
 
-    As long as none fits the last one keeps its own, of which the next takes its training towards sparsity.
+    As long as none fits, one keeps them for the next, which takes its training towards sparsity.
     """
     journal.end(outcome, bench.wanted)
     done = journal.done()
-    winner = best(done, bench.wanted) or outcome
+    sources = (other for other in reversed(done) if pipeline.serves(bench.place(other.number), keep=other.keep))
+    spared = best(done, bench.wanted) or next(sources, None)
     for other in done:
-        if other.number != winner.number:
+        if spared is None or other.number != spared.number:
             strip(bench.place(other.number))
 
 
