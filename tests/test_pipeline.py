@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +19,8 @@ from compress.errors import RunFolderError, TargetError, UsageError
 from compress.folder import RunFolder
 from compress.pipeline import epochs, run
 from compress.pipeline.context import span
-from compress.pipeline.reuse import difference
-from compress.recipe import Recipe, make
-from tests.shell import MODEL, answer, refusal
+from compress.recipe import make
+from tests.shell import MODEL, answer
 
 ARGUMENTS = [
     "--method",
@@ -84,77 +82,6 @@ def test_killed_in_every_stage_and_resumed_it_ends_with_the_same_weights(root: P
     assert first["pruned"]["top1"] == second["pruned"]["top1"]
     lines = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
     assert [(e["phase"], e["epoch"]) for e in lines] == [(e["phase"], e["epoch"]) for e in first["history"]]
-
-
-class TestReuse:
-    """One training towards sparsity, several runs."""
-
-    GIVEN = ("prune", MODEL, *ARGUMENTS[:2], *ARGUMENTS[4:], "--epochs", "3", "--set", "prune.rounds=1")
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def first(cls, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        place = tmp_path_factory.mktemp("reuse") / "first"
-        finish(start(root, *cls.GIVEN, "--target", "0.5", "--out", str(place)))
-        return place
-
-    def test_another_target_ends_as_if_it_had_trained_itself(
-        self, first: Path, tmp_path: Path, in_the_repository: None
-    ) -> None:
-        alone = answer(*self.GIVEN, "--target", "0.2", "--out", tmp_path / "alone")
-        both = answer(*self.GIVEN, "--target", "0.2", "--out", tmp_path / "both", "--reuse", first)
-        assert sha256(tmp_path / "alone" / "pruned.safetensors") == sha256(tmp_path / "both" / "pruned.safetensors")
-        assert both["pruned"]["top1"] == alone["pruned"]["top1"] and both["kept"] == alone["kept"]
-        phases = [[(e["phase"], e["epoch"], e["loss"]) for e in found["history"]] for found in (alone, both)]
-        assert phases[0] == phases[1] and ("round-1", 0) in [phase[:2] for phase in phases[1]]
-        log = (tmp_path / "both" / "log.txt").read_text()
-        assert f"the training towards sparsity is that of {first}" in log and "round-1: epoch 1 of" not in log
-        assert "round-1: epoch 1 of" in (tmp_path / "alone" / "log.txt").read_text()
-
-    @pytest.mark.parametrize(
-        ("options", "text"),
-        [
-            (["--set", "train.lr=0.01"], "with train.lr = 0.05, not 0.01; leave out --reuse"),
-            (["--seed", "1"], "with seed = 0, not 1"),
-            (["--method", "ffr"], "with prune.method = 'halo', not 'ffr'"),
-            (["--data", "elsewhere"], "other images"),
-            (["--init", "elsewhere"], "another checkpoint"),
-            (["--reuse", "nowhere"], "holds no run"),
-            (["--reuse", "unfinished"], "has not come so far"),
-            (["--max-drop", "1"], "the trials of a search share their sparse training already"),
-        ],
-    )
-    def test_what_was_trained_otherwise_is_refused(
-        self, options: list[str], text: str, first: Path, tmp_path: Path, in_the_repository: None
-    ) -> None:
-        if "elsewhere" in options:  # the folder says that it has seen other things
-            name, key = ("data", "fingerprint") if options[0] == "--data" else ("env", "source_sha256")
-            other = Path(shutil.copytree(first, tmp_path / "elsewhere"))
-            path = other / ("state/data.json" if name == "data" else "env.json")
-            path.write_text(json.dumps({**json.loads(path.read_text()), key: "0"}))
-            options, first = [], other
-        if "unfinished" in options:
-            (Path(shutil.copytree(first, tmp_path / "unfinished")) / "state" / "round-1.json").unlink()
-        if options[:1] == ["--reuse"]:
-            options, first = [], tmp_path / options[1]
-        target = [] if "--max-drop" in options else ["--target", "0.2"]
-        out = tmp_path / "out"
-        code, said = refusal(*self.GIVEN, *target, *options, "--out", out, "--reuse", first)
-        assert code == 2 and text in said and not out.exists()
-
-    def test_what_comes_after_the_cut_may_differ(self) -> None:
-        def recipe(**prune: object) -> Recipe:
-            return make({"model": {"path": "x"}, "prune": {"method": "halo", **prune}})
-
-        for later in ({"keep": 0.1}, {"score": "l2"}, {"round_to": 1}, {"fold": False}, {"metric": "macs"}):
-            assert difference(recipe(), recipe(**later)) == ""
-        assert difference(recipe(), recipe(penalty_share=1.0)) == "prune.penalty_share = 1.0, not 0.1"
-        assert difference(recipe(options={"halo": {"xi": 1e-6}}), recipe()) != ""
-        for name in ("ggr", "rigl", "set", "static-erk"):  # the density that they train at is the target's
-            given = {"method": name, "score": "l2"}
-            assert difference(recipe(**given), recipe(**given, keep=0.1)) == "prune.keep = 0.1, not 0.5"
-            assert difference(recipe(regularize=(name,)), recipe(regularize=(name,), keep=0.1)) != ""
-            assert difference(recipe(**given), recipe(**{**given, "score": "l1"})) == ""
 
 
 def test_how_epochs_are_spent() -> None:

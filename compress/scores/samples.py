@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from compress.groups import Group, Slice
 from compress.groups.parts import layer_mean, layers, rows, weights
 from compress.scores.layers import Batches, Given, Scores, evaluating, read
+from compress.unstrided import unstrided
 
 Loss = Callable[[Any, Any], Tensor]  # the network's output, the targets -> (), the mean over the images
 IMAGES = 256  # single images that `hessian` and `obd_c` go through (ours): seconds for a CIFAR network on two cores
@@ -34,7 +35,7 @@ def taylor(
     held = _held(model, groups)
     tensors = [tensor for *_, tensor in held]
     totals = [torch.zeros(()) for _ in held]
-    with evaluating(model), _differentiable(tensors):
+    with evaluating(model), _differentiable(tensors), unstrided(model):
         for given, targets in read(model, batches, "taylor"):
             gradients = _gradients(loss(model(*given), targets), tensors)
             for at, (group, part, tensor) in enumerate(held):
@@ -119,7 +120,7 @@ def _curvature(model: nn.Module, groups: Sequence[Group], batches: Iterator[Give
     held = _held(model, groups)
     tensors = [tensor for *_, tensor in held]
     squares = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in tensors]
-    with evaluating(model), _differentiable(tensors):
+    with evaluating(model), _differentiable(tensors), unstrided(model):
         for given, targets in batches:
             for at in range(len(given[0])):
                 one = loss(model(*(inputs[at : at + 1] for inputs in given)), _part(targets, at, at + 1))

@@ -18,6 +18,7 @@ from compress.data import Loader
 from compress.errors import TrackerError, UsageError
 from compress.example import arguments
 from compress.task import CLASSIFICATION, Task
+from compress.unstrided import unstrided
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -95,7 +96,7 @@ def compile_pays(
         return False
     model.train()
     seconds = []
-    with seeded(0):
+    with seeded(0), unstrided(model):
         for batch in islice(loader, 4):
             began = time.perf_counter()
             images, targets = task.unpack(batch)

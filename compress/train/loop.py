@@ -14,6 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from compress.train.evaluate import evaluate, predict
 from compress.train.feed import Feed
 from compress.train.objective import Losses, shared
 from compress.train.settings import Outcome, Progress, Settings, schedule
+from compress.unstrided import unstrided
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -69,9 +71,7 @@ def finetune(
     """
     phase = _Phase(model, train, settings, device, regularizers, teacher)
     if settings.compile and any(m._forward_hooks for m in model.modules()):
-        log.warning(
-            "%s is not compiled: a regulariser watches the features, and its hooks would be lost", settings.phase
-        )
+        log.warning("%s is not compiled: what watches or guards its layers would be lost", settings.phase)
     elif settings.compile:
         model.compile()
     try:
@@ -140,6 +140,8 @@ class _Phase:
         self._clipping = self.optimizer.register_step_pre_hook(lambda *_: self._clip())
         self._looks_always = device.device.type == "cpu" and ranks.world() == 1
         self.lambda_log: list[tuple[int, dict[str, float]]] = []
+        self._guard = ExitStack()
+        self._guard.enter_context(unstrided(self.model))
         self._rate = 0.0  # images per second, of all processes
         self._pace = 0.0  # steps per second
 
@@ -270,6 +272,7 @@ class _Phase:
     def close(self) -> None:
         """Leave a plain module behind, without the wrapper of several processes."""
         self._clipping.remove()
+        self._guard.close()
         self.objective = self.losses
         self.model._compiled_call_impl = None
         self.model.zero_grad(set_to_none=True)
