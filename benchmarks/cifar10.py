@@ -25,8 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.pipeline import serves
-
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
@@ -168,6 +166,8 @@ class Job:
 
     def _reused(self, folder: Path) -> list[str]:
         """`--reuse` with the run at another share that has the training towards sparsity which this row begins with."""
+        from compress.pipeline import serves  # loads torch, which a table alone does not need
+
         mates = folder.glob(f"{_plain(self.row)}-*-{self.seed}")
         return next((["--reuse", str(mate)] for mate in mates if serves(mate, keep=self.keep)), [])
 

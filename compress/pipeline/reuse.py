@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from pathlib import Path
 
@@ -12,13 +11,13 @@ from compress.folder import RunFolder
 from compress.pipeline.context import Event, Run
 from compress.pipeline.rounds import regularizer_names
 from compress.recipe import Recipe, make, read
-from compress.regularize import REGULARIZERS
+from compress.regularize import SPARSE_TRAINING
 
 TRAINED = "state/round-1.pt"  # the state at the end of it, as the run left it
 CUT = "state/round-1.json"  # once this is there, that training was over
 SHAPING = {"method", "regularize", "granularity", "rounds", "penalty_share", "options", "strength"}  # of `prune`
 LATER = {"distill", "temperature", "compile", "trackers"}  # of `train`: begin with the first cut, or change nothing
-TARGET = ("keep", "metric", "target_ms")
+TARGET = {"keep", "metric", "target_ms"}
 
 
 def serves(folder: Path, *, keep: float) -> bool:
@@ -26,7 +25,7 @@ def serves(folder: Path, *, keep: float) -> bool:
     if not all((folder / name).is_file() for name in ("recipe.yaml", TRAINED, CUT)):
         return False
     recipe = make(read(folder / "recipe.yaml"))
-    return not difference(recipe, recipe.model_copy(update={"prune": recipe.prune.model_copy(update={"keep": keep})}))
+    return keep == recipe.prune.keep or not _is_at_target(recipe)
 
 
 def difference(recipe: Recipe, other: Recipe) -> str:
@@ -65,10 +64,15 @@ def adopt(run: Run, source: Path) -> None:
 
 def _shaping(recipe: Recipe) -> dict[str, object]:
     """Knob -> value, of those that the training before the first cut goes by."""
-    prune, seed = recipe.prune, {"seed": recipe.seed, "task": recipe.task}
-    data = recipe.data.model_dump(exclude={"source"})
-    parts = {"prune": prune.model_dump(include=SHAPING), "train": recipe.train.model_dump(exclude=LATER), "data": data}
+    parts = {
+        "prune": recipe.prune.model_dump(include=SHAPING | (TARGET if _is_at_target(recipe) else set())),
+        "train": recipe.train.model_dump(exclude=LATER),
+        "data": recipe.data.model_dump(exclude={"source"}),
+    }
     found = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
-    if any("density" in inspect.signature(REGULARIZERS[n]).parameters for n in regularizer_names(recipe)):
-        found |= {f"prune.{name}": getattr(prune, name) for name in TARGET}  # trained at the target's density
-    return {**found, **seed}
+    return {**found, "seed": recipe.seed, "task": recipe.task}
+
+
+def _is_at_target(recipe: Recipe) -> bool:
+    """Whether a method takes part that trains at the target's density from the first step."""
+    return not SPARSE_TRAINING.isdisjoint(regularizer_names(recipe))
