@@ -250,7 +250,7 @@ def test_trackers_get_every_epoch(root: Path, tmp_path: Path) -> None:
         (["--set", "bench.threads=999"], 1, "bench.threads = 999, but this process may use"),
         (["--set", "prune.options={halo: {yi: 1}}"], 2, "halo has no option 'yi'; there are xi"),
         (["--set", "prune.options={ffr: {k1: 1}}"], 2, "prune.options names 'ffr', which takes no part"),
-        (["--set", "prune.options={halo: {xi: -1}}"], 2, "xi = -1 is out of range"),
+        (["--set", "prune.options={halo: {xi: -1}}", "--data", "nowhere"], 2, "xi = -1 is out of range"),
         (["--regularize", "halo"], 2, "halo takes part already"),
         (["--device", "tpu"], 2, "the device 'tpu' is unknown"),
         (["--resume"], 2, "--resume needs the --out"),

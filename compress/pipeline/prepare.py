@@ -21,7 +21,6 @@ from compress.pipeline import timing, zeros
 from compress.pipeline.context import Run
 from compress.pipeline.export import write_onnx
 from compress.pipeline.reuse import adopt
-from compress.pipeline.rounds import make_regularizers
 from compress.pipeline.widths import branches_of, select_as, sensitivity_of
 from compress.recipe import PrunePart, Recipe
 from compress.regularize import REGULARIZERS, SPARSE_TRAINING
@@ -78,7 +77,6 @@ def prepare(run: Run) -> dict[str, Any]:
     _check_score(run)
     if zeros.is_fine(run.recipe):
         zeros.check(run.recipe, run.dense)
-    make_regularizers(run.recipe, {})
     groups = trace(run.dense, example)
     costs = cost.measure(run.dense, example)
     beside = _beside_weights(run, costs) if run.recipe.prune.metric == "size" else 0.0
