@@ -7,8 +7,9 @@ From ResNet-20, fine-tuned on CIFAR-10 for five epochs, to a share of its parame
 * `global + distillation`: the same, taught by the dense network;
 * `uniform + distillation`: torch-pruning with one ratio for all layers, the simple baseline;
 * `compress`: `compress prune` as it comes.
-All rows train in this project's loop with the same images, batch norm recalibrated after the cut, the epoch chosen on
-the validation split, the test split read once. Finished runs stand in benchmarks/results and are not made again.
+All rows train in this project's loop on the same images (as they are, without shifts or flips, where the epochs are
+few), batch norm recalibrated after the cut, the epoch chosen on the validation split, the test split read once.
+Finished runs stand in benchmarks/results and are not made again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from cifar10 import Bench, bench_of, cell, describe_run, options, train_dense
@@ -26,7 +27,9 @@ from torch import nn
 
 from compress import checkpoint, data, inputs, train
 from compress.bench.machine import describe
+from compress.files import sha256
 from compress.models import ARCHS
+from compress.pipeline.context import FEW
 
 ROWS = ("global", "global + distillation", "uniform + distillation", "compress")
 Key = tuple[str, float, int]  # row, keep, seed
@@ -79,8 +82,10 @@ def baseline(bench: Bench, key: Key) -> dict[str, Any]:
     loaded = inputs.load_data(read.info, str(bench.data), val_share=bench.val_share, seed=seed)
     mean, std = inputs.normalisation(read.info)
 
+    augment: Literal["auto", "none"] = "none" if bench.epochs < FEW else "auto"  # as `compress prune` has it
+
     def loader(split: data.Split, *, training: bool = False) -> data.Loader:
-        return data.loader(split, batch_size=128, mean=mean, std=std, train=training, seed=seed)
+        return data.loader(split, batch_size=128, mean=mean, std=std, train=training, augment=augment, seed=seed)
 
     device = train.accelerator("cpu")
     model = cut(dense.eval(), inputs.example(read.info, loaded.val, 1), keep, is_global=row.startswith("global"))
@@ -92,7 +97,8 @@ def baseline(bench: Bench, key: Key) -> dict[str, Any]:
     outcome = train.finetune(model, train_split, loader(loaded.val), settings, device=device, teacher=dense)
     assert loaded.test is not None
     top1, _ = train.evaluate(model, loader(loaded.test), device=device)
-    return {"top1": top1, "val_top1": outcome.best_top1, "kept": {"params": share}, "data": loaded.fingerprint}
+    found = {"top1": top1, "val_top1": outcome.best_top1, "kept": {"params": share}, "augment": augment}
+    return {**found, "source_sha256": sha256(bench.dense), "data": loaded.fingerprint}
 
 
 def ours(bench: Bench, key: Key) -> dict[str, Any]:
