@@ -283,6 +283,7 @@ def _default_folder(model: Path, method: str, recipe: str) -> Path:
 def _show_plan(recipe: Recipe, network: nn.Module, info: ModelInfo, *, as_json: bool) -> None:
     from compress import inputs, pipeline
 
+    pipeline.check(recipe)
     if recipe.prune.granularity == "weight":
         found, score = pipeline.dry_run_weights(recipe, network)
         shares = [(name, view.figure(density)) for name, density in found.density.items()]

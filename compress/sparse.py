@@ -79,9 +79,9 @@ def density(model: nn.Module) -> dict[str, tuple[int, int]]:
 def thin(model: nn.Module, *, keep: float, worth: Worth | str = "l1", seed: int = 0) -> Thinned:
     """Set the least important weights to zero, in place, until `keep` of the parameters remain.
 
-    Weights are those of convolutions (of hidden linear layers where there is no convolution). Norms, biases and the
-    classifier stay and count. All layers compete under one threshold, but each keeps at least FLOOR of its weights, one
-    at least. The target is met and missed by less than one weight, unless more are 0 already.
+    Weights are those of convolutions, and of hidden linear layers where these hold the larger part. Norms, biases and
+    the classifier stay and count. All layers compete under one threshold, but each keeps at least FLOOR of its weights,
+    one at least. The target is met and missed by less than one weight, unless more are 0 already.
 
     Args:
         keep: share of all learned parameters that may remain, 0 < keep <= 1.

@@ -87,6 +87,35 @@ class PaddedShortcut(nn.Module):
 NETS = {"residual": residual, "plain": plain, "concat": Concat, "depthwise": depthwise, "transposed": transposed}
 
 
+class SelfReading(nn.Module):
+    """A convolution that reads the channels which it makes, as one with an identity beside it (RepVGG) does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.pointwise = (nn.Conv2d(i, 6, k, padding=k // 2) for i, k in ((3, 3), (6, 3), (6, 1)))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.head(F.relu(x + self.conv(x) + self.pointwise(x)).mean((2, 3)))
+
+
+class NormsLast(nn.Module):
+    """A block that registers both convolutions before both norms, all of one width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.conv1, self.conv2 = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.bn1, self.bn2, self.act = nn.BatchNorm2d(6), nn.BatchNorm2d(6), nn.ReLU()
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.stem(x))
+        x = x + self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+        return self.head(self.act(x).mean((2, 3)))
+
+
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:
     """Random statistics and scales, so that no batch norm is an identity."""
     generator = torch.Generator().manual_seed(seed)

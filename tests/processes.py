@@ -57,13 +57,14 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 def bare_loop(name: str) -> dict[str, str]:
     """A loop of one's own: wrap, train, score, cut, wrap again, train on."""
-    torch.manual_seed(0)
+    torch.manual_seed(ranks.rank())  # other weights on every rank, until the wrapper makes them equal
     model, regularizer = NETS["residual"](), MADE[name]()
     groups = trace(model, EXAMPLE)
     regularizer.attach(model, groups)
     steps(model, regularizer, range(3))
     scores = regularizer.scores()
     found = {"scores": digest(scores), "trained": digest(model.state_dict())}
+    found["chosen"] = str(regularizer.state_dict().get("chosen"))
     if isinstance(regularizer, SparseTraining):
         found |= {"masks": digest(regularizer.masks.alive), "changes": str(len(regularizer.density_log) - 1)}
     regularizer.detach()

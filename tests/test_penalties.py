@@ -16,7 +16,7 @@ from compress.groups import Group, cut, trace
 from compress.groups.parts import weights
 from compress.regularize import CkaSr, Ffr, GroupLasso, Halo, Lasso, Regularizer
 from compress.scores import SCORES
-from tests.nets import NETS, Residual, lively
+from tests.nets import NETS, Residual, SelfReading, lively
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -38,7 +38,7 @@ def staged() -> nn.Module:
     )
 
 
-KINDS: dict[str, Callable[[], nn.Module]] = {"grouped": grouped, "staged": staged, **NETS}
+KINDS: dict[str, Callable[[], nn.Module]] = {"grouped": grouped, "staged": staged, "self-reading": SelfReading, **NETS}
 
 
 def setting(kind: str, seed: int = 0) -> tuple[nn.Module, tuple[Group, ...]]:
@@ -75,14 +75,10 @@ def owned(model: nn.Module, group: Group) -> list[Tensor]:
     return found
 
 
-def by_channel(model: nn.Module, groups: tuple[Group, ...]) -> list[tuple[int, Tensor]]:
-    """(place among the channels of all groups, its weights) of every channel that may leave."""
-    found, start = [], 0
-    for group in groups:
-        if group.frozen is None:
-            found += [(start + c, own) for c, own in enumerate(owned(model, group)) if len(own)]
-        start += group.size
-    return found
+def by_channel(model: nn.Module, groups: tuple[Group, ...]) -> list[Tensor]:
+    """The weights of every channel that may leave and has some, in the order of the groups."""
+    found = [owned(model, group) for group in groups if group.frozen is None]
+    return [own for channels in found for own in channels if len(own)]
 
 
 def gradients(model: nn.Module, value: Tensor) -> dict[str, Tensor]:
@@ -101,7 +97,7 @@ def check(model: nn.Module, mine: Tensor, wanted: Tensor) -> None:
 
 
 # Groups of one channel per group of a grouped layer, and shuffled ones, do not part with a single channel.
-SINGLY = ("grouped", "staged", "plain", "residual", "depthwise", "concat")
+SINGLY = ("grouped", "staged", "self-reading", "plain", "residual", "depthwise", "concat")
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -112,21 +108,20 @@ def test_group_lasso_and_halo_over_channels(kind: str, seed: int) -> None:
     held = by_channel(model, single)
     lasso = GroupLasso(strength=0.1)
     lasso.attach(model, single)
-    check(model, lasso.penalty(), sum((0.1 * math.sqrt(len(w)) * w.norm() for _, w in held), torch.zeros(())))
+    check(model, lasso.penalty(), sum((0.1 * math.sqrt(len(w)) * w.norm() for w in held), torch.zeros(())))
     for solver in ("closed-form", "sgd"):
         halo = Halo(xi=1e-3, psi=1e-2, solver=solver, target=2.0)  # type: ignore[arg-type]
         halo.attach(model, single)
-        sizes = {place: math.sqrt(len(w)) * w.norm() for place, w in held}
+        sizes = torch.stack([math.sqrt(len(w)) * w.norm() for w in held])
         if solver == "closed-form":
-            shrink = {place: (2e-3 * u.detach() / 1e-4) ** 0.25 for place, u in sizes.items()}
-            check(model, halo.penalty(), sum((1e-3 * u / shrink[p] ** 2 for p, u in sizes.items()), torch.zeros(())))
+            shrink = (2e-3 * sizes.detach() / 1e-4) ** 0.25
+            check(model, halo.penalty(), (1e-3 * sizes / shrink**2).sum())
             continue
         (trained,) = halo.parameters()
         with torch.no_grad():
             trained.copy_(0.5 + torch.rand(trained.shape, generator=torch.Generator().manual_seed(2)))
         free = trained.detach().clone().requires_grad_()
-        first = sum((1e-3 * u / free[place] ** 2 for place, u in sizes.items()), torch.zeros(()))
-        check(model, halo.penalty(), first + 1e-2 * (free.abs().sum() - 2.0).abs())
+        check(model, halo.penalty(), (1e-3 * sizes / free**2).sum() + 1e-2 * (free.abs().sum() - 2.0).abs())
         assert trained.grad is not None and free.grad is not None
         assert torch.allclose(trained.grad, free.grad, rtol=1e-10, atol=0)
 
@@ -146,7 +141,9 @@ def _parts_singly(model: nn.Module, group: Group) -> bool:
 def test_every_kind_has_channels_that_leave_singly() -> None:
     for kind in SINGLY:
         model, groups = setting(kind)
-        assert sum(_parts_singly(model, group) for group in groups) >= (1 if kind in ("grouped", "plain") else 2), kind
+        assert sum(_parts_singly(model, group) for group in groups) >= (
+            1 if kind in ("grouped", "self-reading", "plain") else 2
+        ), kind
 
 
 @pytest.mark.parametrize("kind", KINDS)

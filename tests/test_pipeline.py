@@ -113,7 +113,8 @@ def test_auto_cuts_once_for_each_halving_and_leaves_half_of_the_training_for_the
     assert spent(0.15, 5) == spent(0.05, 5) == ([0, 1, 1], 3)  # four cuts would leave two epochs of five
     assert spent(0.05, 60) == ([0, 8, 8, 8], 36)
     assert spent(0.15, 5, method="halo") == ([1, 1, 1], 2)
-    assert spent(0.15, 5, method="ggr") == ([1], 4) and spent(0.15, 5, redraw=True) == ([0], 5)
+    assert spent(0.15, 5, method="ggr") == spent(0.15, 5, regularize=("ggr",)) == ([1], 4)
+    assert spent(0.15, 5, redraw=True) == ([0], 5)
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3, 7, 20, 100])

@@ -139,6 +139,30 @@ def test_the_strength_is_the_named_share_of_the_task_loss(batches, device) -> No
         regularizer.detach()
 
 
+def test_a_penalty_below_zero_is_calibrated_by_its_size(batches, device) -> None:
+    """An unbiased CKA may be below 0, and wander around it; a strength below 0 would turn the method round."""
+
+    class Wandering(REGULARIZERS["lasso"]):
+        signs = iter((-1, 1, -1, -1))
+
+        def penalty(self) -> torch.Tensor:
+            return next(self.signs, 1) * super().penalty()
+
+    model = network()
+    regularizer = Wandering()
+    regularizer.attach(model, ())
+    outcome = finetune(
+        model, *batches, Settings(epochs=1, lr=1e-9, penalty_share=0.25), device=device, regularizers=[regularizer]
+    )
+    plain = REGULARIZERS["lasso"]()
+    again = network()
+    plain.attach(again, ())
+    wanted = finetune(
+        again, *batches, Settings(epochs=1, lr=1e-9, penalty_share=0.25), device=device, regularizers=[plain]
+    )
+    assert outcome.strengths == wanted.strengths and outcome.strengths[0]["strength"] > 0
+
+
 def test_a_network_that_fits_its_data_is_still_penalised(batches, device) -> None:
     """A tenth of the loss of guessing is the least that the share refers to."""
 

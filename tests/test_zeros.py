@@ -17,7 +17,7 @@ from compress.checkpoint import ModelInfo
 from compress.errors import TargetError, UsageError
 from compress.folder import RunFolder
 from compress.onnx_file import read_weights
-from compress.pipeline import Event, dry_run_weights, run
+from compress.pipeline import Event, check, dry_run_weights, run
 from compress.pipeline.context import open_run
 from compress.pipeline.stages import STAGES
 from compress.recipe import Recipe, make
@@ -202,6 +202,8 @@ def test_what_cannot_work_is_refused() -> None:
         dry_run_weights(recipe(keep=0.01), model)
     for method in DYNAMIC:
         with pytest.raises(UsageError, match=f"prune.rounds = 2 with {method}"):
-            dry_run_weights(recipe(method, rounds=2), model)
+            check(recipe(method, rounds=2))
+        with pytest.raises(UsageError, match=f"prune.rounds = 2 with {method}"):
+            check(recipe("l1", rounds=2, regularize=(method,)))
     found, score = dry_run_weights(recipe(), model)
     assert found.params == int(0.1 * PARAMS) and score == "l1" and remaining(model) == PARAMS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -87,21 +87,24 @@ def scales(model: nn.Module, group: Group) -> Iterator[tuple[str, Tensor]]:
             yield part.name.rpartition(".")[0], tensor[part.offset : part.offset + group.size]
 
 
-def norm_behind(model: nn.Module) -> dict[str, str]:
-    """Layer path -> the path of the batch norm registered right behind it with as many channels.
+def norm_behind(model: nn.Module, groups: Sequence[Group]) -> dict[str, str]:
+    """Layer path -> the path of the batch norm that scales its output channels.
 
-    Registration order stands for the order of use, as in conv1, bn1, conv2, bn2; a layer followed by anything else
-    has no entry.
+    A norm is that of a layer whose channels are the same in number, place and group. Where several are, in the trunk of
+    a residual network or around a depthwise layer, it is that of the last one registered before it.
     """
+    order = {path: place for place, path in enumerate(dict(model.named_modules()))}
     pairs: dict[str, str] = {}
-    before: tuple[str, int] | None = None
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
-            before = (name, module.out_channels)
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            if before is not None and before[1] == module.num_features:
-                pairs[before[0]] = name
-            before = None
-        elif isinstance(module, nn.Linear):
-            before = None
+    for group in groups:
+        made = [(part.name.rpartition(".")[0], layer, part.offset) for layer, part, _ in layers(model, group, "out")]
+        norms = {}
+        for part in group.slices:
+            norm = owner(model, part.name)[0]
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                norms[part.name.rpartition(".")[0]] = (norm.num_features, part.offset)
+        for path, (width, offset) in sorted(norms.items(), key=lambda item: order[item[0]]):
+            fitting = [of for of, layer, at in made if at == offset and getattr(layer, "out_channels", None) == width]
+            before = [of for of in fitting if order[of] < order[path]]
+            if before or len(fitting) == 1:
+                pairs.setdefault(max(before or fitting, key=order.__getitem__), path)
     return pairs

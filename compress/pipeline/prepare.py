@@ -21,9 +21,10 @@ from compress.pipeline import timing, zeros
 from compress.pipeline.context import Run
 from compress.pipeline.export import write_onnx
 from compress.pipeline.reuse import adopt
+from compress.pipeline.rounds import sparse_trainers
 from compress.pipeline.widths import branches_of, select_as, sensitivity_of
-from compress.recipe import PrunePart, Recipe
-from compress.regularize import REGULARIZERS, SPARSE_TRAINING
+from compress.recipe import Recipe
+from compress.regularize import REGULARIZERS
 from compress.sensitivities import read
 from compress.task import Classification
 
@@ -47,17 +48,17 @@ def epochs(recipe: Recipe, steps_per_epoch: int, keep: float) -> tuple[list[int]
         )
     sparse = max(1, min(round(total * part.sparse_share), total - least + 1)) if trains else 0
     after = total - sparse
-    rounds = _rounds(prune, keep, after) if prune.rounds == "auto" else prune.rounds
+    rounds = _rounds(recipe, keep, after) if prune.rounds == "auto" else prune.rounds
     between = _between(after, rounds)
     return [sparse, *[between] * (rounds - 1)], after - between * (rounds - 1)
 
 
-def _rounds(prune: PrunePart, keep: float, count: int) -> int:
+def _rounds(recipe: Recipe, keep: float, count: int) -> int:
     """A cut for each halving, while half of the `count` epochs after the first are left for the end. [ours]
 
     One where the weights are drawn anew, or where training holds the target's density from its first step.
     """
-    if prune.redraw or prune.method in SPARSE_TRAINING:
+    if recipe.prune.redraw or sparse_trainers(recipe):
         return 1
     halvings = max(1, round(-math.log2(keep)))
     return next(n for n in range(halvings, 0, -1) if 2 * (n - 1) * _between(count, n) <= count)

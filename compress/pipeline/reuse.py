@@ -9,9 +9,8 @@ from compress.errors import UsageError
 from compress.files import atomic_path
 from compress.folder import RunFolder
 from compress.pipeline.context import Event, Run
-from compress.pipeline.rounds import regularizer_names
+from compress.pipeline.rounds import sparse_trainers
 from compress.recipe import Recipe, make, read
-from compress.regularize import SPARSE_TRAINING
 
 TRAINED = "state/round-1.pt"  # the state at the end of it, as the run left it
 CUT = "state/round-1.json"  # once this is there, that training was over
@@ -25,7 +24,7 @@ def serves(folder: Path, *, keep: float) -> bool:
     if not all((folder / name).is_file() for name in ("recipe.yaml", TRAINED, CUT)):
         return False
     recipe = make(read(folder / "recipe.yaml"))
-    return keep == recipe.prune.keep or not _is_at_target(recipe)
+    return keep == recipe.prune.keep or not sparse_trainers(recipe)
 
 
 def difference(recipe: Recipe, other: Recipe) -> str:
@@ -65,14 +64,9 @@ def adopt(run: Run, source: Path) -> None:
 def _shaping(recipe: Recipe) -> dict[str, object]:
     """Knob -> value, of those that the training before the first cut goes by."""
     parts = {
-        "prune": recipe.prune.model_dump(include=SHAPING | (TARGET if _is_at_target(recipe) else set())),
+        "prune": recipe.prune.model_dump(include=SHAPING | (TARGET if sparse_trainers(recipe) else set())),
         "train": recipe.train.model_dump(exclude=LATER),
         "data": recipe.data.model_dump(exclude={"source"}),
     }
     found = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
     return {**found, "seed": recipe.seed, "task": recipe.task}
-
-
-def _is_at_target(recipe: Recipe) -> bool:
-    """Whether a method takes part that trains at the target's density from the first step."""
-    return not SPARSE_TRAINING.isdisjoint(regularizer_names(recipe))

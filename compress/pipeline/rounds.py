@@ -21,7 +21,7 @@ from compress.pipeline.widths import branches_of, select_as, sensitivity_of
 from compress.plan import Plan, apply
 from compress.reach import without
 from compress.recipe import Recipe
-from compress.regularize import COUNTERS, REGULARIZERS, Regularizer, begun, given_places, numbers
+from compress.regularize import COUNTERS, REGULARIZERS, SPARSE_TRAINING, Regularizer, begun, given_places, numbers
 from compress.regularize.make import make
 from compress.report.words import metric_words, strength_words
 from compress.scores import DATA_DRIVEN, LOSS_DRIVEN, SCORES, Scores
@@ -155,6 +155,20 @@ def teacher(run: Run) -> nn.Module:
     return run.on_device(run.network("state/sparse.safetensors") if is_better else copy.deepcopy(run.dense))
 
 
+def check(recipe: Recipe) -> None:
+    """What regularisers refuse of a recipe, before anything is read.
+
+    Raises:
+        UsageError: wrong options, or several cuts with one that trains at the target's density from its first step.
+    """
+    make_regularizers(recipe, {})
+    if recipe.prune.rounds not in (1, "auto") and (names := sparse_trainers(recipe)):
+        raise UsageError(
+            f"prune.rounds = {recipe.prune.rounds} with {names[0]}, which trains at the target's density from its "
+            "first step; use one round"
+        )
+
+
 def make_regularizers(recipe: Recipe, defaults: Mapping[str, Any]) -> list[Regularizer]:
     """The method's regulariser and the further ones, with the options given for each, on top of `defaults`.
 
@@ -173,6 +187,11 @@ def make_regularizers(recipe: Recipe, defaults: Mapping[str, Any]) -> list[Regul
 def regularizer_names(recipe: Recipe) -> list[str]:
     """The regularisers that take part, the method's first."""
     return [name for name in (recipe.prune.method, *recipe.prune.regularize) if name in REGULARIZERS]
+
+
+def sparse_trainers(recipe: Recipe) -> list[str]:
+    """Those of them that train at the target's density from their first step."""
+    return [name for name in regularizer_names(recipe) if name in SPARSE_TRAINING]
 
 
 def _attach(

@@ -17,7 +17,7 @@ from compress import ranks
 from compress.checkpoint import ModelInfo
 from compress.folder import RunFolder
 from compress.pipeline.context import Event, OnEvent, open_run
-from compress.pipeline.rounds import make_regularizers
+from compress.pipeline.rounds import check
 from compress.pipeline.stages import LAST, TOGETHER, stages_of
 from compress.recipe import Recipe
 from compress.task import Task
@@ -57,7 +57,7 @@ def run(
         CompressError: every expected failure, with its exit code; the folder stays resumable.
     """
     ranks.join()
-    make_regularizers(recipe, {})  # a wrong option is refused before the data are read
+    check(recipe)
     is_first = ranks.is_first()
 
     def emit(event: Event) -> None:

@@ -15,7 +15,7 @@ from compress.errors import PruneError, UsageError
 from compress.onnx_file import count_weights
 from compress.pipeline.context import Run
 from compress.recipe import Recipe
-from compress.regularize import SPARSE_TRAINING, Regularizer
+from compress.regularize import Regularizer
 from compress.regularize.channels import maskable
 from compress.regularize.keep_zeros import KeepZeros
 from compress.scores import SCORES
@@ -47,11 +47,6 @@ def check(recipe: Recipe, model: nn.Module) -> None:
         raise UsageError("--drop-blocks with --granularity weight: zeros leave no block; use --granularity filter")
     if name := _score(recipe):
         sparse.weigh(model, name)
-    if prune.rounds not in (1, "auto") and prune.method in SPARSE_TRAINING:
-        raise UsageError(
-            f"prune.rounds = {prune.rounds} with {prune.method}, which trains at the target's density from its first "
-            "step; use one round"
-        )
     sparse.budget(model).weights(prune.keep)
 
 

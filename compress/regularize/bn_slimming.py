@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +12,18 @@ from compress.groups import Group
 from compress.groups.parts import layer_mean, scales
 from compress.regularize.channels import filter_sizes
 from compress.regularize.closed import closed
-from compress.regularize.options import above, check
+from compress.regularize.strength import Strength
 
 
-class BnSlimming:
+class BnSlimming(Strength):
     """strength * sum |gamma| over the scales of every batch norm, with the subgradient sign(gamma).
 
     Args:
         strength: 1e-4, the paper's for CIFAR.
     """
 
-    STRENGTHS = ("strength",)
-
     def __init__(self, *, strength: float = 1e-4) -> None:
-        check(strength=above(strength))
-        self.strength = strength
+        super().__init__(strength)
         self._scales: list[nn.Parameter] = []
         self._groups: tuple[Group, ...] = ()
         self._model: nn.Module | None = None
@@ -42,16 +38,11 @@ class BnSlimming:
             )
         self._model, self._groups = model, tuple(groups)
 
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return ()
-
     def penalty(self) -> Tensor:
+        """The sum, shape (), with its subgradient."""
         held, strength = self._scales, self.strength
         value = strength * torch.cat([gamma.detach() for gamma in held]).abs().sum()
         return closed(value, lambda grad: [gamma.detach().sign().mul_(grad * strength) for gamma in held], held)
-
-    def after_step(self) -> None:
-        """Nothing to project."""
 
     def scores(self) -> Mapping[str, Tensor]:
         """|gamma| in units of its layer's mean, averaged over the norms the channel passes; filters' L1 without any."""
@@ -64,12 +55,3 @@ class BnSlimming:
 
     def detach(self) -> None:
         self._scales, self._groups, self._model = [], (), None
-
-    def scale_penalty(self, factor: float) -> None:
-        self.strength *= factor
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"strength": self.strength}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.strength = float(state["strength"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,15 +35,28 @@ class Hold:
         shape[self.part.dim] = -1
         return along.view(shape)
 
+    def crosses(self, other: Hold) -> bool:
+        """Whether both are one group's, along two axes of the tensor: then some elements are a channel's by either."""
+        return self.start == other.start and self.part.dim < other.part.dim
+
+    def shared(self, other: Hold, tensor: Tensor) -> Tensor:
+        """The elements that are a channel's by this hold and by the crossing `other`: a view (..., size)."""
+        own, its = self.part, other.part
+        laid = tensor.movedim((own.dim, its.dim), (0, 1))
+        laid = laid[own.offset : own.offset + self.size * own.block, its.offset : its.offset + self.size * its.block]
+        split = laid.view(self.size, own.block, self.size, its.block, *laid.shape[2:])
+        return split.diagonal(dim1=0, dim2=2)
+
 
 @dataclass(frozen=True)
 class Channels:
-    """The channels of all groups in a row, (channels,), and the weights that make or read each."""
+    """The channels that may leave, all in a row, (channels,), and the weights that make or read each, once each."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[Group, ...]  # those of the channels: free, and with weights
+    others: tuple[Group, ...]
     tensors: tuple[nn.Parameter, ...]
     holds: tuple[tuple[Hold, ...], ...]  # beside each tensor, the groups' holds on it
-    elements: Tensor  # n_g: how many weights a channel has, 1 for one without (frozen groups have none)
+    elements: Tensor  # n_g: how many weights a channel has
 
     def squares(self) -> Tensor:
         """||w_g||_2^2 of each channel, without gradient: (channels,)."""
@@ -52,6 +65,8 @@ class Channels:
             squared = tensor.detach().square()
             for hold in holds:
                 hold.add_to(squares, squared)
+            for one, other in _crossing(holds):
+                squares[one.start : one.start + one.size] -= one.shared(other, squared).flatten(0, -2).sum(0)
         return squares
 
     def pull(self, factor: Tensor) -> list[Tensor]:
@@ -61,13 +76,20 @@ class Channels:
             total = holds[0].spread(factor, tensor)
             for hold in holds[1:]:
                 total = total + hold.spread(factor, tensor)
+            for one, other in _crossing(holds):
+                one.shared(other, total).sub_(factor[one.start : one.start + one.size])
             found.append(tensor.detach() * total)
         return found
 
     def by_group(self, values: Tensor) -> dict[str, Tensor]:
-        """(channels,) -> group name: (size,) float32 on the CPU."""
+        """(channels,) -> group name: (size,) float32 on the CPU; zeros for the other groups."""
         parts = torch.split(values.detach().float().cpu(), [group.size for group in self.groups])
-        return {group.name: part for group, part in zip(self.groups, parts, strict=True)}
+        found = {group.name: part for group, part in zip(self.groups, parts, strict=True)}
+        return found | {group.name: torch.zeros(group.size) for group in self.others}
+
+
+def _crossing(holds: Sequence[Hold]) -> Iterator[tuple[Hold, Hold]]:
+    return ((one, other) for one in holds for other in holds if one.crosses(other))
 
 
 def channels(model: nn.Module, groups: Sequence[Group]) -> Channels:
@@ -81,20 +103,33 @@ def channels(model: nn.Module, groups: Sequence[Group]) -> Channels:
     free = [group for group in groups if group.frozen is None]
     made = {tensor for group in free for _, tensor in weights(model, group)}
     eligible = made | set(conv_parameters(model))
+    own: list[Group] = []
     holds: dict[nn.Parameter, list[Hold]] = {}
-    count = torch.zeros(sum(group.size for group in groups))
     start = 0
-    for group in groups:
-        for part, tensor in weights(model, group, ("out", "in")):
-            if isinstance(tensor, nn.Parameter) and tensor in eligible and group.frozen is None:
-                holds.setdefault(tensor, []).append(Hold(part, start, group.size))
-                count[start : start + group.size] += tensor.numel() // tensor.shape[part.dim] * part.block
-        start += group.size
-    tensors = tuple(holds)
-    if not tensors:
+    for group in free:
+        found = [
+            (part, tensor)
+            for part, tensor in weights(model, group, ("out", "in"))
+            if isinstance(tensor, nn.Parameter) and tensor in eligible
+        ]
+        for part, tensor in found:
+            holds.setdefault(tensor, []).append(Hold(part, start, group.size))
+        if found:
+            own.append(group)
+            start += group.size
+    if not holds:
         raise ValueError("no learned weight belongs to a channel that may be cut")
-    elements = count.clamp_(min=1)
-    return Channels(tuple(groups), tensors, tuple(map(tuple, holds.values())), elements.to(tensors[0]))
+    tensors = tuple(holds)
+    elements = tensors[0].new_zeros(start)
+    for tensor, held in holds.items():
+        for hold in held:
+            elements[hold.start : hold.start + hold.size] += (
+                tensor.numel() // tensor.shape[hold.part.dim] * hold.part.block
+            )
+        for one, other in _crossing(held):
+            elements[one.start : one.start + one.size] -= one.shared(other, tensor).numel() // one.size
+    others = tuple(group for group in groups if group not in own)
+    return Channels(tuple(own), others, tensors, tuple(map(tuple, holds.values())), elements)
 
 
 def conv_parameters(model: nn.Module, leaves: Sequence[str] = ("weight", "bias")) -> list[nn.Parameter]:

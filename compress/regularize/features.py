@@ -53,14 +53,14 @@ def first_tensor(output: Any) -> Tensor | None:
 
 
 def head(feature: Tensor, samples: int | None) -> Tensor:
-    """A copy of the first `samples` images of a feature (None: all of it, no copy), differentiable.
+    """A copy of the first `samples` images of a feature (None: of all), differentiable.
 
     Its gradient comes back in the feature's own memory format: that of a plain slice is contiguous, and adding it to
     the gradient of a channels-last network takes several times as long. The copy is there so that what follows may
     change the feature in place.
     """
     if samples is None or samples >= len(feature):
-        return feature
+        return feature.clone()
     found: Tensor = _Head.apply(feature, samples)  # type: ignore[no-untyped-call]
     return found
 

@@ -73,12 +73,14 @@ class Ffr:
         self._groups: tuple[Group, ...] = ()
 
     def attach(self, model: nn.Module, groups: Sequence[Group]) -> None:
-        """Watch the features of `model`; `groups` are those that `scores` speaks of."""
+        """Watch the features of `model`; `groups` are those that `scores` speaks of; UsageError without a feature."""
         self.detach()
         self._model, self._groups = model, tuple(groups)
         watched = feature_modules(model)
         if not watched:
-            raise ValueError("the network has neither residual blocks in a sequence nor activation modules to watch")
+            raise UsageError(
+                "ffr watches residual blocks in a sequence or activation modules, and this network has neither"
+            )
         self._handles = [model.register_forward_pre_hook(lambda module, inputs: self._forget())]
         self._handles += [module.register_forward_hook(self._record) for module in watched.values()]
         if self.score == "flow":
@@ -106,11 +108,12 @@ class Ffr:
         return torch.stack(parts).sum() if parts else torch.zeros(())
 
     def segments(self, features: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Maximal runs, of two or more, of features of equal shape; one run after `pad` alignment."""
+        """Maximal runs, of two or more, of features of equal shape; `pad` joins two where it makes them so."""
         runs: list[list[Tensor]] = []
         for feature in features:
             if runs and self.align == "pad" and runs[-1][-1].shape != feature.shape and feature.dim() == 4:
-                runs[-1] = [_fit(x, feature) for x in runs[-1]]
+                fitted = [_fit(x, feature) for x in runs[-1]]
+                runs[-1] = fitted if fitted[-1].shape == feature.shape else runs[-1]
             if runs and runs[-1][-1].shape == feature.shape:
                 runs[-1].append(feature)
             else:
@@ -133,7 +136,7 @@ class Ffr:
 
     def _folded(self) -> dict[str, Tensor]:
         assert self._model is not None
-        behind = norm_behind(self._model)
+        behind = norm_behind(self._model, self._groups)
         state = self._model.state_dict()
         found: dict[str, Tensor] = {}
         for group in self._groups:
@@ -241,7 +244,7 @@ def _slope(difference: Tensor, scale: Tensor, *, is_l1: bool) -> Tensor:
 
 
 def _fit(feature: Tensor, like: Tensor) -> Tensor:
-    """(N, C, H, W) -> the shape of `like`: 2x2 average pooling while too large, then zero channels; else unchanged."""
+    """(N, C, H, W) towards the shape of `like`: 2x2 average pooling while too large, then zero channels."""
     while feature.shape[-1] > like.shape[-1] and feature.shape[-2] > like.shape[-2]:
         feature = F.avg_pool2d(feature, 2)
     missing = like.shape[1] - feature.shape[1]

@@ -35,7 +35,7 @@ class Flow:
         self._seen: list[tuple[nn.Module, Tensor]] = []  # readers with what they read, of the present forward pass
         self._readers: dict[nn.Module, list[tuple[Group, Tensor]]] = {}  # and which inputs are whose
         self._norms: dict[nn.Module, Norm] = {}
-        behind = norm_behind(model)
+        behind = norm_behind(model, groups)
         for group in (group for group in groups if group.frozen is None):
             for reader, part, places in layers(model, group, "in"):
                 path = part.name.rpartition(".")[0]

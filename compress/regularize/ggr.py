@@ -17,8 +17,8 @@ class Ggr(SparseTraining):
     (all ours).
 
     Args:
-        density: share of the masked weights that live; the weights of convolutions (of linear layers where there is
-            none) are masked.
+        density: share of the masked weights that live; masked are those of convolutions, and of linear layers where
+            these hold the larger part (`channels.maskable`).
         initial: how the layers compare at the start: erk, uniform, or a mapping of layer names to densities.
         weights: which of a layer's weights live at the start: the largest (`magnitude`) or `random` ones. The largest
             is right for a pretrained network, and in a fresh one it is a random choice, too, only of larger weights,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +10,10 @@ from torch import Tensor, nn
 from compress.groups import Group
 from compress.regularize.channels import Channels, channels
 from compress.regularize.closed import closed
-from compress.regularize.options import above, check
+from compress.regularize.strength import Strength
 
 
-class GroupLasso:
+class GroupLasso(Strength):
     """strength * sum_g sqrt(n_g) ||w_g||_2, w_g being all convolution weights that make or read channel g.
 
     That is HALO by channel with lambda held at 1. Wen et al. leave out the factor sqrt(n_g) of Yuan and Lin, and take
@@ -24,21 +23,16 @@ class GroupLasso:
         strength: 1e-5 (ours: about a tenth of the loss of guessing for ResNet-20; `scale_penalty` changes it).
     """
 
-    STRENGTHS = ("strength",)
-
     def __init__(self, *, strength: float = 1e-5) -> None:
-        check(strength=above(strength))
-        self.strength = strength
+        super().__init__(strength)
         self._channels: Channels | None = None
 
     def attach(self, model: nn.Module, groups: Sequence[Group]) -> None:
         """Hold the weights of all groups that can be cut."""
         self._channels = channels(model, groups)
 
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return ()
-
     def penalty(self) -> Tensor:
+        """The sum, shape (), its gradient in closed form."""
         held, strength = self._held(), self.strength
         norms = held.squares().sqrt_()
 
@@ -48,9 +42,6 @@ class GroupLasso:
 
         return closed(strength * (held.elements.sqrt() * norms).sum(), slopes, held.tensors)
 
-    def after_step(self) -> None:
-        """Nothing to project."""
-
     def scores(self) -> Mapping[str, Tensor]:
         """||w_g||_2 / sqrt(n_g) (ours: what the penalty shrinks, per weight)."""
         held = self._held()
@@ -58,15 +49,6 @@ class GroupLasso:
 
     def detach(self) -> None:
         self._channels = None
-
-    def scale_penalty(self, factor: float) -> None:
-        self.strength *= factor
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"strength": self.strength}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.strength = float(state["strength"])
 
     def _held(self) -> Channels:
         assert self._channels is not None, "attach first"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +10,11 @@ from torch import Tensor, nn
 from compress.groups import Group
 from compress.regularize.channels import Channels, channels
 from compress.regularize.closed import closed
-from compress.regularize.options import above, at_least, check
+from compress.regularize.options import at_least, check
+from compress.regularize.strength import Strength
 
 
-class GroupSparsity:
+class GroupSparsity(Strength):
     """strength / 2 * sum_g gamma_g ||w_g||_2^2,   gamma_g = 2^(alpha (Imax - I_g) / (Imax - Imin)).
 
     I_g is ||w_g||_2, as in the authors' code (the paper writes its square), Imax and Imin are its extremes in g's
@@ -27,29 +27,23 @@ class GroupSparsity:
         alpha: 4, the paper's: the weakest channel is pulled 16 times as hard as the strongest.
     """
 
-    STRENGTHS = ("strength",)
-
     def __init__(self, *, strength: float = 5e-4, alpha: float = 4.0) -> None:
-        check(strength=above(strength), alpha=at_least(alpha))
-        self.strength, self.alpha = strength, alpha
+        super().__init__(strength)
+        check(alpha=at_least(alpha))
+        self.alpha = alpha
         self._channels: Channels | None = None
 
     def attach(self, model: nn.Module, groups: Sequence[Group]) -> None:
         """Hold the weights of all groups that can be cut."""
         self._channels = channels(model, groups)
 
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return ()
-
     def penalty(self) -> Tensor:
+        """The sum, shape (), its gradient in closed form, gamma held fixed."""
         held, strength = self._held(), self.strength
         squares = held.squares()
         factor = self._shrink(squares.sqrt())
         value = strength / 2 * (factor * squares).sum()
         return closed(value, lambda grad: held.pull(grad * strength * factor), held.tensors)
-
-    def after_step(self) -> None:
-        """Nothing to project."""
 
     def scores(self) -> Mapping[str, Tensor]:
         """||w_g||_2, the importance that the penalty itself goes by."""
@@ -58,15 +52,6 @@ class GroupSparsity:
 
     def detach(self) -> None:
         self._channels = None
-
-    def scale_penalty(self, factor: float) -> None:
-        self.strength *= factor
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"strength": self.strength}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.strength = float(state["strength"])
 
     def _shrink(self, norms: Tensor) -> Tensor:
         """gamma of every channel, 1 where all channels of a group are equal: (channels,)."""

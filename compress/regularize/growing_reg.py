@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress import ranks
 from compress.groups import Group
 from compress.regularize.channels import Channels, channels, filter_sizes
 from compress.regularize.closed import closed
@@ -44,13 +45,9 @@ class GrowingReg:
     def attach(self, model: nn.Module, groups: Sequence[Group]) -> None:
         """Hold the convolution weights of all groups that can be cut, and choose the channels to push out."""
         self._channels = channels(model, groups)
-        self._choose(
-            {
-                group.name: filter_sizes(model, group).argsort(stable=True)[: int(group.size * self.share)].tolist()
-                for group in groups
-                if group.frozen is None
-            }
-        )
+        held = self._channels.groups
+        # rank 0's, as the ranks' networks may not be equal yet
+        self._choose(ranks.first(lambda: {group.name: self._weakest(model, group) for group in held}))
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return ()
@@ -63,6 +60,7 @@ class GrowingReg:
         return {"the chosen channels": self.level()}
 
     def penalty(self) -> Tensor:
+        """The ridge of this step, shape (), its gradient in closed form."""
         held, level = self._held(), self.level()
         value = level / 2 * (self._mask * held.squares()).sum()
         return closed(value, lambda grad: held.pull(grad * level * self._mask), held.tensors)
@@ -99,6 +97,9 @@ class GrowingReg:
         self._step = int(state["step"]) if "chosen" in state else 0
         if "chosen" in state:
             self._choose(state["chosen"])
+
+    def _weakest(self, model: nn.Module, group: Group) -> list[int]:
+        return filter_sizes(model, group).argsort(stable=True)[: int(group.size * self.share)].tolist()
 
     def _choose(self, chosen: Mapping[str, Sequence[int]]) -> None:
         held = self._held()

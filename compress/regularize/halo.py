@@ -37,6 +37,8 @@ class Halo:
         psi: weight of the second term (`sgd` only). The paper's value.
         target: P of the paper, the wanted sum of |lambda|.
         lambda_weight_decay: the optimiser's decay on lambda; for `sgd`, give `parameters()` this decay.
+        solver: `closed-form` or `sgd`.
+        granularity: `filter` or `weight`.
     """
 
     STRENGTHS = ("xi",)
@@ -63,9 +65,8 @@ class Halo:
         self._channels: Channels | None = None  # whose they are (filter)
         self._groups: tuple[Group, ...] = ()
         self._model: nn.Module | None = None
-        self._lambda: nn.Parameter | None = None
+        self._lambda: list[nn.Parameter] = []  # one for all channels, (channels,), or one beside each tensor, like it
         self._steps = 0  # since it was attached
-        self._orders: list[tuple[int, ...]] = []  # axes of each tensor as they lie in memory when attached (weight)
 
     def attach(self, model: nn.Module, groups: Sequence[Group]) -> None:
         """Hold the penalised parameters of `model`; `groups` say which weights belong to a channel."""
@@ -75,27 +76,33 @@ class Halo:
             self._tensors = self._channels.tensors
         else:
             self._tensors = tuple(penalised(model))
-            self._orders = [_order(t) for t in self._tensors]
         if self.solver == "sgd":
-            self._lambda, self._steps = nn.Parameter(torch.ones_like(self.sizes())), 0
+            shaped = self._tensors if self._channels is None else (self._channels.elements,)
+            self._lambda, self._steps = [nn.Parameter(torch.ones_like(t.detach())) for t in shaped], 0
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        return [self._lambda] if self._lambda is not None else []
+        """lambda where it is trained (`sgd`), for the optimiser; none else."""
+        return list(self._lambda)
 
     def penalty(self) -> Tensor:
-        """The two terms, shape (), differentiable in the weights and (`sgd`) in lambda, gradients in closed form."""
+        """The two terms, shape (), differentiable in the weights and (`sgd`) in lambda, gradients in closed form.
+
+        Solver `closed-form` holds lambda fixed in the gradient, as `sgd` does between two steps: that is twice the
+        slope that the value has as a function of the weights alone.
+        """
         if self._channels is not None:
             return self._by_channel(self._channels)
-        return self._by_weight() if self._lambda is None else self._by_weight_and_lambda(self._lambda)
+        return self._by_weight_and_lambda() if self._lambda else self._by_weight()
 
     def after_step(self) -> None:
         """Keep a trained lambda above zero, and say so where nothing trains it."""
-        if self._lambda is None:
+        if not self._lambda:
             return
         with torch.no_grad():
-            self._lambda.clamp_(min=GUARD)
+            for own in self._lambda:
+                own.clamp_(min=GUARD)
         self._steps += 1
-        if self._steps == PATIENCE and bool((self._lambda == 1).all()):
+        if self._steps == PATIENCE and all(bool((own == 1).all()) for own in self._lambda):
             log.warning(
                 "lambda is still 1 everywhere after %d steps, and nothing is adaptive: give halo.parameters() to the "
                 "optimiser, with weight_decay=%g", PATIENCE, self.lambda_weight_decay,
@@ -118,8 +125,8 @@ class Halo:
         with torch.no_grad():
             found = self.shrinkage(self.sizes())
             if self._channels is not None:
-                means = {name: float(values.mean()) for name, values in self._channels.by_group(found).items()}
-                return {group.name: means[group.name] for group in self._groups if group.frozen is None}
+                own = self._channels.by_group(found)
+                return {group.name: float(own[group.name].mean()) for group in self._channels.groups}
             assert self._model is not None, "attach first"
             names = {id(tensor): name for name, tensor in self._model.named_parameters()}
             parts = torch.split(found, [t.numel() for t in self._tensors])
@@ -152,7 +159,7 @@ class Halo:
 
     def detach(self) -> None:
         self._tensors, self._channels, self._groups, self._model = (), None, (), None
-        self._lambda, self._orders = None, []
+        self._lambda = []
 
     def scale_penalty(self, factor: float) -> None:
         """Multiply the first term by `factor`; it grows with sqrt(xi) when lambda follows xi."""
@@ -162,19 +169,16 @@ class Halo:
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"xi": self.xi, "psi": self.psi}
-        if self._lambda is not None:
-            state["lambda"] = self.shrinkage(self._lambda).clone()
+        if self._lambda:
+            state["lambda"] = torch.cat([own.detach().flatten() for own in self._lambda])
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.xi, self.psi = float(state["xi"]), float(state["psi"])
-        if self._lambda is not None and "lambda" in state:
+        if self._lambda and "lambda" in state:
             with torch.no_grad():
-                if self._channels is not None:
-                    self._lambda.copy_(state["lambda"])
-                    return
-                kept = torch.split(state["lambda"], [t.numel() for t in self._tensors])
-                for own, values in zip(self._laid(self._lambda), kept, strict=True):
+                kept = torch.split(state["lambda"], [own.numel() for own in self._lambda])
+                for own, values in zip(self._lambda, kept, strict=True):
                     own.copy_(values.view(own.shape))
 
     def sizes(self) -> Tensor:
@@ -185,9 +189,8 @@ class Halo:
 
     def shrinkage(self, size: Tensor) -> Tensor:
         """lambda in the order of `sizes`: the trained one, or its equilibrium (2 xi u / decay)^(1/4) at u = `size`."""
-        if self._lambda is not None:
-            trained = self._lambda.detach()
-            return trained if self._channels is not None else torch.cat([o.flatten() for o in self._laid(trained)])
+        if self._lambda:
+            return torch.cat([own.detach().flatten() for own in self._lambda])
         return (2 * self.xi / self.lambda_weight_decay * size).pow(0.25).clamp_(min=GUARD)
 
     def _by_channel(self, held: Channels) -> Tensor:
@@ -199,14 +202,14 @@ class Halo:
         def slopes(grad: Tensor) -> list[Tensor]:
             slope = held.elements / size.clamp(min=1e-30)  # u = sqrt(n) ||w||: d u / d w = n w / u
             pull = held.pull(torch.where(size > 0, grad * self.xi / shrink.square() * slope, 0.0))
-            if self._lambda is None:
+            if not self._lambda:
                 return pull
             own = self.psi * torch.sign(total) * torch.sign(shrink) - 2 * self.xi * size / shrink.pow(3)
             return [own.mul_(grad), *pull]
 
-        if self._lambda is None:
+        if not self._lambda:
             return closed(value, slopes, held.tensors)
-        return closed(value + self.psi * total.abs(), slopes, (self._lambda, *held.tensors))
+        return closed(value + self.psi * total.abs(), slopes, (*self._lambda, *held.tensors))
 
     # By weight, there are as many sizes and lambdas as weights. What follows goes through them tensor by tensor, so
     # that no vector of them all is made, and in the tensors' own memory format: mixing two takes several times as long.
@@ -224,34 +227,19 @@ class Halo:
         value = self.xi * torch.stack([w.abs().div_(squares(w)).sum() for w in held]).sum()
         return closed(value, slopes, self._tensors)
 
-    def _by_weight_and_lambda(self, trained: nn.Parameter) -> Tensor:
-        held = [(t.detach(), own) for t, own in zip(self._tensors, self._laid(trained.detach()), strict=True)]
+    def _by_weight_and_lambda(self) -> Tensor:
+        held = [(t.detach(), own.detach()) for t, own in zip(self._tensors, self._lambda, strict=True)]
         value = self.xi * torch.stack([w.abs().div_(own).div_(own).sum() for w, own in held]).sum()
         total = torch.stack([own.abs().sum() for _, own in held]).sum() - self.target
         above = self.psi * torch.sign(total)
 
         def slopes(grad: Tensor) -> list[Tensor]:
-            steep, pulls = torch.empty_like(trained), []
-            for (w, own), into in zip(held, self._laid(steep), strict=True):
+            steep, pulls = list[Tensor](), list[Tensor]()
+            for w, own in held:
                 pull = w.sign().mul_(grad * self.xi).div_(own).div_(own)
-                into.copy_(
-                    own.sign().mul_(above * grad).sub_((w * pull).div_(own), alpha=2)
-                )  # w * pull = xi |w| / lambda^2
+                # w * pull = xi |w| / lambda^2
+                steep.append(own.sign().mul_(above * grad).sub_((w * pull).div_(own), alpha=2))
                 pulls.append(pull)
-            return [steep, *pulls]
+            return [*steep, *pulls]
 
-        return closed(value + self.psi * total.abs(), slopes, (trained, *self._tensors))
-
-    def _laid(self, flat: Tensor) -> list[Tensor]:
-        """A vector of values per weight as views of the tensors' shapes and, as attached, their memory formats."""
-        parts = torch.split(flat, [t.numel() for t in self._tensors])
-        return [
-            part.view([t.shape[axis] for axis in order]).permute([order.index(axis) for axis in range(t.dim())])
-            for part, t, order in zip(parts, self._tensors, self._orders, strict=True)
-        ]
-
-
-def _order(tensor: Tensor) -> tuple[int, ...]:
-    """The tensor's axes, the one with the longest step in memory first."""
-    steps = tensor.stride()
-    return tuple(sorted(range(tensor.dim()), key=lambda axis: -steps[axis]))
+        return closed(value + self.psi * total.abs(), slopes, (*self._lambda, *self._tensors))

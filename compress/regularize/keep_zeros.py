@@ -14,7 +14,7 @@ from compress.regularize.masks import Masks
 
 
 class KeepZeros:
-    """Every convolution weight that is 0 when attached stays 0 (linear weights where there is no convolution)."""
+    """Every weight that is 0 when attached stays 0: of convolutions, and whatever else `maskable` names."""
 
     def __init__(self) -> None:
         self._masks: Masks | None = None

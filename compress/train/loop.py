@@ -183,7 +183,8 @@ class _Phase:
         """Scale each penalty to the wanted share of the task loss, over four batches; the network is left as it was.
 
         A network that fits its training images has a loss near 0, of which any share would do nothing: the task loss
-        counts as at least a tenth of ln(classes), the loss of guessing.
+        counts as at least a tenth of ln(classes), the loss of guessing. A penalty counts by its size, since an unbiased
+        CKA may be below 0, and a negative strength would ask for what the method is against.
         """
         share = self.settings.penalty_share
         if share is None or share == 0 or len(self.settings.fixed) >= len(self.regularizers):
@@ -196,7 +197,7 @@ class _Phase:
             for batch in islice(self.train, 4):
                 loss, _, penalties = self.losses.parts(*self.settings.task.unpack(batch))
                 found[0] += max(float(loss.detach()), LEAST_LOSS * math.log(self.losses.classes))
-                found[1:] += torch.tensor([float(penalty.detach()) for penalty in penalties], dtype=torch.float64)
+                found[1:] += torch.tensor([abs(float(penalty.detach())) for penalty in penalties], dtype=torch.float64)
         task, *sizes = ranks.averaged(found).tolist()
         for place, (regularizer, size) in enumerate(zip(self.regularizers, sizes, strict=True)):
             if place in self.settings.fixed:
