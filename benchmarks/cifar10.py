@@ -21,7 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -218,14 +218,17 @@ def finished(bench: Bench) -> dict[Job, dict[str, Any]]:
 
 
 def table(bench: Bench) -> str:
-    """Mean and spread (largest minus smallest) of test top-1 over the seeds, as Markdown: rows by keep."""
+    """Mean and spread (largest minus smallest) of test top-1 over the seeds, as Markdown: rows by keep.
+
+    A star marks what starts from several dense networks: each machine trains its own.
+    """
     found: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for job, line in finished(bench).items():
         found.setdefault((job.row, job.keep), []).append(line)
     keeps = sorted({keep for _, keep in found}, reverse=True)
     lines = [f"| method | {' | '.join(f'keep {keep:g}' for keep in keeps)} |", "|---" * (len(keeps) + 1) + "|"]
     for row in TABLES[bench.table]:
-        cells = [cell([line["top1"] for line in found.get((row, keep), ())]) for keep in keeps]
+        cells = [_marked(found.get((row, keep), ())) for keep in keeps]
         if any(cells):
             lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -238,6 +241,10 @@ def cell(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
+def _marked(lines: Sequence[Mapping[str, Any]]) -> str:
+    return cell([line["top1"] for line in lines]) + "*" * (len({line["source_sha256"] for line in lines}) > 1)
+
+
 def _plain(row: str) -> str:
     return "".join(letter for letter in row if letter.isalnum() or letter == "-")
 
@@ -246,11 +253,9 @@ def jobs(bench: Bench, given: argparse.Namespace) -> Iterator[Job]:
     """All runs asked for, one seed of every row before the next, so that an unfinished table is an even one."""
     done = finished(bench)
     for seed in range(given.seeds):
-        for keep in given.keep:
-            for row in given.rows or TABLES[bench.table]:
-                job = Job(row, keep, seed)
-                if job not in done:
-                    yield job
+        wanted = (Job(row, keep, seed) for keep in given.keep for row in given.rows or TABLES[bench.table])
+        whole = (replace(job, keep=1.0) if "--target" in TABLES[bench.table][job.row] else job for job in wanted)
+        yield from (job for job in dict.fromkeys(whole) if job not in done)
 
 
 def make(bench: Bench, wanted: Sequence[Job], count: int) -> int:

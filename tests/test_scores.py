@@ -131,9 +131,34 @@ def relative(values: Tensor) -> Tensor:
     return (values / values.mean()).float()
 
 
-def test_fpgm_is_the_sum_of_distances_and_torch_pruning_s_is_not() -> None:
+def theirs(model: nn.Sequential, importance: str, **options: object) -> Tensor:
+    """What torch-pruning 1.6.1 gives the first layer's filters, or its norm's scales."""
     import torch_pruning
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = torch_pruning.DependencyGraph().build_dependency(model, X[:1].double(), verbose=False)
+        part = graph.get_pruning_group(model[0], torch_pruning.prune_conv_out_channels, list(range(8)))
+        part._group = [item for item in part._group if item.dep.target.module in (model[0], model[1])]
+        if importance != "BNScaleImportance":
+            part._group = [item for item in part._group if item.dep.target.module is model[0]]
+        return getattr(torch_pruning.importance, importance)(**options)(part).detach()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_torch_pruning_s_importances_agree_where_they_mean_the_same(seed: int) -> None:
+    """Ours are in units of the layer's mean; theirs for p = 2 are squared."""
+    model = chain(seed)
+    for name, wanted in {
+        "l1": theirs(model, "MagnitudeImportance", p=1, normalizer=None),
+        "l2": theirs(model, "MagnitudeImportance", p=2, normalizer=None).sqrt(),
+        "lamp": theirs(model, "LAMPImportance"),
+        "bn-scale": theirs(model, "BNScaleImportance", normalizer=None),
+    }.items():
+        assert torch.allclose(score(name, model, GROUPS)["0"], relative(wanted), rtol=1e-5), name
+
+
+def test_fpgm_is_the_sum_of_distances_and_torch_pruning_s_is_not() -> None:
     model = chain()
     with torch.no_grad():
         model[0].weight[1] = -model[0].weight[0]  # as far apart as can be; |w|^p sees one filter twice
@@ -141,14 +166,9 @@ def test_fpgm_is_the_sum_of_distances_and_torch_pruning_s_is_not() -> None:
     wanted = torch.stack([(flat - row).norm(dim=1).sum() for row in flat])
     found = fpgm(model, GROUPS)["0"]
     assert torch.allclose(found, relative(wanted), rtol=1e-6)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        graph = torch_pruning.DependencyGraph().build_dependency(model, X[:1].double(), verbose=False)
-        part = graph.get_pruning_group(model[0], torch_pruning.prune_conv_out_channels, list(range(8)))
-        part._group = [item for item in part._group if item.dep.target.module is model[0]]
-        theirs = torch_pruning.importance.FPGMImportance(p=2, normalizer=None)(part)
-    assert torch.allclose(theirs.double(), torch.cdist(flat**2, flat**2).sum(1), rtol=1e-5)
-    assert theirs.argsort().tolist() != wanted.argsort().tolist()
+    other = theirs(model, "FPGMImportance", p=2, normalizer=None)
+    assert torch.allclose(other.double(), torch.cdist(flat**2, flat**2).sum(1), rtol=1e-5)
+    assert other.argsort().tolist() != wanted.argsort().tolist()
 
 
 def test_fpgm_removes_the_filter_in_the_middle_not_the_smallest() -> None:

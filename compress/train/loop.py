@@ -231,10 +231,10 @@ class _Phase:
 
     def restore(self, path: Path | None) -> tuple[Outcome, int]:
         """What `save` left and the epochs done; a fresh outcome and 0 where there is no such file."""
-        kept = ranks.first(lambda: path.read_bytes() if path is not None and path.exists() else b"")
-        if not kept:
+        found = ranks.first(lambda: path.read_bytes() if path is not None and path.exists() else b"")
+        if not found:
             return Outcome(), 0
-        content = torch.load(io.BytesIO(kept), map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(found), map_location="cpu", weights_only=True)
         for name, value in self._begun().items():
             if content.get("begun", {}).get(name, value) != value:
                 before = content["begun"][name]
@@ -245,6 +245,10 @@ class _Phase:
         except RuntimeError as error:
             raise UsageError("the state was left by the training of another network; begin anew") from error
         self.optimizer.load_state_dict(content["optimizer"])
+        for parameter, kept in self.optimizer.state.items():  # the fused step goes through both as they lie in memory
+            kept.update(
+                {k: torch.empty_like(parameter).copy_(v) for k, v in kept.items() if v.shape == parameter.shape}
+            )
         for regularizer, of_it in zip(self.regularizers, content["regularizers"], strict=True):
             regularizer.load_state_dict(of_it)
         self.best = content["best"]
