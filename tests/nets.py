@@ -93,11 +93,11 @@ class SelfReading(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.conv, self.pointwise = (nn.Conv2d(i, 6, k, padding=k // 2) for i, k in ((3, 3), (6, 3), (6, 1)))
-        self.head = nn.Linear(6, 4)
+        self.act, self.head = nn.ReLU(), nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem(x))
-        return self.head(F.relu(x + self.conv(x) + self.pointwise(x)).mean((2, 3)))
+        x = self.act(self.stem(x))
+        return self.head(self.act(x + self.conv(x) + self.pointwise(x)).mean((2, 3)))
 
 
 class NormsLast(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import groupby, pairwise, permutations
 
 import pytest
 import torch
@@ -14,9 +14,21 @@ from torch.nn import functional as F
 
 from compress.groups import Group, cut, trace
 from compress.groups.parts import weights
-from compress.regularize import CkaSr, Ffr, GroupLasso, Halo, Lasso, Regularizer
+from compress.regularize import (
+    BnSlimming,
+    CkaSr,
+    Ffr,
+    GroupLasso,
+    GroupSparsity,
+    GrowingReg,
+    Halo,
+    Lasso,
+    Regularizer,
+)
+from compress.regularize.channels import filter_sizes
 from compress.scores import SCORES
-from tests.nets import NETS, Residual, SelfReading, lively
+from tests.nets import NETS, NormsLast, Residual, SelfReading, lively
+from tests.test_cka import similarity
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -38,7 +50,13 @@ def staged() -> nn.Module:
     )
 
 
-KINDS: dict[str, Callable[[], nn.Module]] = {"grouped": grouped, "staged": staged, "self-reading": SelfReading, **NETS}
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "grouped": grouped,
+    "staged": staged,
+    "self-reading": SelfReading,
+    "norms-last": NormsLast,
+    **NETS,
+}
 
 
 def setting(kind: str, seed: int = 0) -> tuple[nn.Module, tuple[Group, ...]]:
@@ -126,6 +144,32 @@ def test_group_lasso_and_halo_over_channels(kind: str, seed: int) -> None:
         assert torch.allclose(trained.grad, free.grad, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("kind", SINGLY)
+def test_group_sparsity_growing_reg_and_bn_slimming(kind: str, seed: int) -> None:
+    model, groups = setting(kind, seed)
+    single = tuple(g if _parts_singly(model, g) else g.freeze("its channels leave several at a time") for g in groups)
+    held = {group.name: owned(model, group) for group in single if group.frozen is None}
+    sparsity, growing = GroupSparsity(strength=0.1, alpha=3.0), GrowingReg(growth=0.2, ceiling=2.0, share=0.4)
+    terms = []
+    for own in held.values():
+        norms = torch.stack([w.norm() for w in own])
+        shrink = 2.0 ** (3 * (norms.max() - norms) / (norms.max() - norms.min())).detach()
+        terms.append(0.05 * (shrink * norms.square()).sum())
+    sparsity.attach(model, single)
+    check(model, sparsity.penalty(), torch.stack(terms).sum())
+    growing.attach(model, single)
+    sizes = {group.name: filter_sizes(model, group) for group in single}
+    weakest = {name: sizes[name].argsort(stable=True)[: int(0.4 * len(own))].tolist() for name, own in held.items()}
+    chosen = [held[name][channel].square().sum() for name, places in weakest.items() for channel in places]
+    check(model, growing.penalty(), 0.1 * torch.stack(chosen).sum())
+    scales = [m.weight.abs().sum() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    if scales:
+        slimming = BnSlimming(strength=0.3)
+        slimming.attach(model, single)
+        check(model, slimming.penalty(), 0.3 * torch.stack(scales).sum())
+
+
 def _parts_singly(model: nn.Module, group: Group) -> bool:
     if group.frozen is not None or group.size == 1:
         return False
@@ -204,6 +248,34 @@ def test_ffr_with_every_option(norm: str, curvature: str, align: str, samples: i
     mine = ffr.penalty()
     ffr.detach()
     check(model, mine, wanted)
+
+
+@pytest.mark.parametrize("kind", ["grouped", "depthwise", "self-reading", "norms-last"])
+def test_ffr_and_cka_sr_over_the_activations_of_networks_without_blocks(kind: str) -> None:
+    model, groups = setting(kind)
+    model.train()
+    features: list[Tensor] = []
+    acts = [m for m in model.modules() if isinstance(m, nn.ReLU | nn.ReLU6)]
+    handles = [act.register_forward_hook(lambda module, inputs, output: features.append(output)) for act in acts]
+    model(X)
+    for handle in handles:
+        handle.remove()
+    stages = [list(run) for _, run in groupby(features, key=lambda feature: feature.shape)]
+    steps = [torch.stack([(b - a).abs().mean() for a, b in pairwise(s)]).mean() for s in stages if len(s) > 1]
+    bends = [(s[2] - 2 * s[1] + s[0]).abs().mean() for s in stages if len(s) == 3]
+    # the formula would cancel what all images share, with a loss of digits: it goes first
+    pairs = [(a - a.mean(0), b - b.mean(0)) for stage in stages for a, b in permutations(stage, 2)]
+    assert steps and max(map(len, stages)) <= 3
+    wanted = 0.3 * torch.stack(steps).mean() + 0.7 * sum(bends, torch.zeros(())) / max(len(bends), 1)
+    methods: dict[Regularizer, Tensor] = {
+        Ffr(k1=0.3, k2=0.7, samples=None): wanted,
+        CkaSr(beta=0.2, samples=len(X)): 0.2 * torch.stack([similarity(a, b) for a, b in pairs]).sum(),
+    }
+    for method, value in methods.items():
+        method.attach(model, groups)
+        model(X)
+        check(model, method.penalty(), value)
+        method.detach()
 
 
 @pytest.mark.parametrize("kind", ["grouped", "staged"])
