@@ -2,12 +2,13 @@
 
     python benchmarks/cifar10.py --checkpoints DIR --data DIR [--table filters] [--keep 0.3] ...
 
-Every row starts from the same dense checkpoint (fine-tuned here once, for `--epochs` epochs), trains the same number of
-epochs on the same images, two of five with the regulariser, cuts once unless its options say otherwise, is selected on
-the validation split and reads the test split once. A finished run stands in
-benchmarks/results/cifar10-TABLE-CONDITIONS.jsonl with its seed, data hash, versions and figures, and is not made again;
-an unfinished one is resumed at its last epoch. `--jobs 2 --threads 1` on two cores trains more images a
-second than one run with two threads. Latencies are not taken from here: the machine is busy.
+Every row starts from the same dense checkpoint (fine-tuned once on each machine, for `--epochs` epochs; a star in the
+table marks a mean over seeds that start from several), trains the same number of epochs on the same images, two of five
+with the regulariser, cuts once unless its options say otherwise, is selected on the validation split and reads the test
+split once. A finished run stands in benchmarks/results/cifar10-TABLE-CONDITIONS.jsonl with its seed, data hash,
+versions and figures, and is not made again; an unfinished one is resumed at its last epoch. `--jobs 2 --threads 1` on
+two cores trains more images a second than one run with two threads. Latencies are not taken from here: the machine is
+busy.
 `--only-table` rewrites the table alone.
 """
 

@@ -55,7 +55,7 @@ VARIANTS: dict[str, Callable[..., Regularizer]] = {
 METHODS = VARIANTS | {name: make for name, make in REGULARIZERS.items() if name != "halo"}
 BARS = {"ggr": 1.05}
 BAR = 1.10  # of every other method
-COPIES = {"halo": 0, "halo-sgd": 3, "halo-weight": 0, "halo-weight-sgd": 3}  # of the penalised weights, at most
+COPIES = {"halo": 0, "halo-sgd": 0, "halo-weight": 0, "halo-weight-sgd": 3}  # of the penalised weights, at most
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def measure(given: argparse.Namespace, arch: str, name: str, groups: Sequence[Gr
 
 def commit() -> str:
     """What the checkout stands at."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS, capture_output=True, text=True)
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=RESULTS, capture_output=True, text=True)
     return done.stdout.strip()
 
 

@@ -123,6 +123,9 @@ def prune(
     if begun is not None:
         _finish(begun, asked, as_json=as_json)
         return
+    from compress import pipeline  # with torch: wrong usage is told without it
+
+    pipeline.check(checked)
     if reuse is not None:
         ranks.first(lambda: RunFolder.existing(reuse).path)
     network, info, source = load.network(model, checked.model.arch or None, checked.model.arch_args)
@@ -283,7 +286,6 @@ def _default_folder(model: Path, method: str, recipe: str) -> Path:
 def _show_plan(recipe: Recipe, network: nn.Module, info: ModelInfo, *, as_json: bool) -> None:
     from compress import inputs, pipeline
 
-    pipeline.check(recipe)
     if recipe.prune.granularity == "weight":
         found, score = pipeline.dry_run_weights(recipe, network)
         shares = [(name, view.figure(density)) for name, density in found.density.items()]

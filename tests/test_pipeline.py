@@ -252,6 +252,8 @@ def test_trackers_get_every_epoch(root: Path, tmp_path: Path) -> None:
         (["--set", "prune.options={halo: {yi: 1}}"], 2, "halo has no option 'yi'; there are xi"),
         (["--set", "prune.options={ffr: {k1: 1}}"], 2, "prune.options names 'ffr', which takes no part"),
         (["--set", "prune.options={halo: {xi: -1}}", "--data", "nowhere"], 2, "xi = -1 is out of range"),
+        (["--set", "prune.options={halo: {xi: -1}}", "--dry-run"], 2, "xi = -1 is out of range"),
+        (["--max-drop", "1", "--regularize", "set", "--set", "prune.rounds=2"], 2, "prune.rounds = 2 with set"),
         (["--regularize", "halo"], 2, "halo takes part already"),
         (["--device", "tpu"], 2, "the device 'tpu' is unknown"),
         (["--resume"], 2, "--resume needs the --out"),
@@ -266,6 +268,14 @@ def test_what_cannot_work_is_refused_before_anything_is_done(
     _, err = process.communicate(timeout=120)
     assert process.returncode == code and text in err.replace("\n", " "), err
     assert not (tmp_path / "run").exists()  # no stub is left behind
+
+
+def test_force_leaves_the_earlier_run_where_the_new_one_is_refused(root: Path, tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", "x: 3\n").path
+    given = ("--method", "halo", "--set", "prune.options={halo: {xi: -1}}", "--out", str(folder), "--force")
+    process = start(root, "prune", "models/digits_resnet20.pt", *given)
+    process.communicate(timeout=120)
+    assert process.returncode == 2 and (folder / "recipe.yaml").read_text() == "x: 3\n"
 
 
 def test_the_network_must_fit_the_data(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from compress.groups import Group, Slice, cut, trace, zero
 from compress.groups.trace import find
 from compress.structure import underived
 from tests.couplings import COUPLINGS, Fused, Images, Tokens, normed
-from tests.nets import Tied, lively
+from tests.nets import NETS, NormsLast, Tied, lively
 
 EXAMPLE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -88,6 +89,42 @@ def test_heads_leave_as_wholes_and_their_count_is_saved(tmp_path) -> None:
     load_into(fresh, read(tmp_path / "x.safetensors"))
     with torch.no_grad():
         assert torch.equal(fresh(EXAMPLE), model(EXAMPLE))
+
+
+class Crossed(nn.Module):
+    """Convolutions registered before the norms of their sums, and one norm that takes a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.BatchNorm2d(6)
+        self.stem, self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+        self.behind_a, self.behind_b, self.last = nn.BatchNorm2d(6), nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+        self.hidden, self.flat, self.head = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(self.stem(x)))
+        x = x + self.behind_a(self.a(x))
+        x = x + self.behind_b(self.b(x))
+        return self.head(F.relu(self.flat(self.hidden(F.relu(self.last(x)).mean((2, 3))))))
+
+
+@pytest.mark.parametrize("build", [Crossed, NormsLast, *NETS.values()])
+def test_the_norm_right_behind_a_layer_is_known(build: Callable[[], nn.Module]) -> None:
+    model = lively(build()).double()
+    made: list[tuple[str, Tensor]] = []
+    fed: dict[str, str] = {}
+    kinds = (nn.modules.conv._ConvNd, nn.Linear)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(
+                lambda module, inputs, path=path: fed.update({layer: path for layer, out in made if out is inputs[0]})
+            )
+        elif isinstance(module, kinds):
+            module.register_forward_hook(lambda module, inputs, output, path=path: made.append((path, output)))
+    model(EXAMPLE)
+    groups = trace(build().double(), EXAMPLE)
+    assert dict(pair for group in groups for pair in group.norms) == fed
+    assert fed == ({"stem": "first", "a": "behind_a", "b": "behind_b", "hidden": "flat"} if build is Crossed else fed)
 
 
 def test_tied_weights_are_one_tensor() -> None:

@@ -94,6 +94,25 @@ def read(model: nn.Module, example: Example) -> Graph:
     return graph
 
 
+def norms_behind(graph: Graph) -> dict[str, str]:
+    """Path of a convolution or linear layer -> the path of the batch norm that takes its outputs as they are."""
+    names = {source.index: source.name for source in graph.sources}
+
+    def owner(node: Node, *given: str) -> str:
+        """Whose the first tensor with a name is, of these arguments."""
+        refs = [node.arguments.get(name) for name in given]
+        found = [names.get(ref.index) for ref in refs if isinstance(ref, Ref)]
+        return next((name for name in found if name), "").rpartition(".")[0]
+
+    made = {n.index: owner(n, "weight") for n in graph.nodes if n.operator.startswith(("aten.conv", "aten.linear"))}
+    pairs: dict[str, str] = {}
+    for node in graph.nodes:
+        given = node.arguments.get("input")
+        if node.operator == "aten.batch_norm" and isinstance(given, Ref) and (layer := made.get(given.index)):
+            pairs.setdefault(layer, owner(node, "weight", "running_mean"))
+    return {layer: norm for layer, norm in pairs.items() if norm}
+
+
 def _is_result(spec: Any) -> bool:
     return bool(spec.kind.name == "USER_OUTPUT")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -85,26 +85,3 @@ def scales(model: nn.Module, group: Group) -> Iterator[tuple[str, Tensor]]:
         if leaf == "weight" and isinstance(module, Norm) and part.block == 1:
             tensor = getattr(module, leaf)
             yield part.name.rpartition(".")[0], tensor[part.offset : part.offset + group.size]
-
-
-def norm_behind(model: nn.Module, groups: Sequence[Group]) -> dict[str, str]:
-    """Layer path -> the path of the batch norm that scales its output channels.
-
-    A norm is that of a layer whose channels are the same in number, place and group. Where several are, in the trunk of
-    a residual network or around a depthwise layer, it is that of the last one registered before it.
-    """
-    order = {path: place for place, path in enumerate(dict(model.named_modules()))}
-    pairs: dict[str, str] = {}
-    for group in groups:
-        made = [(part.name.rpartition(".")[0], layer, part.offset) for layer, part, _ in layers(model, group, "out")]
-        norms = {}
-        for part in group.slices:
-            norm = owner(model, part.name)[0]
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                norms[part.name.rpartition(".")[0]] = (norm.num_features, part.offset)
-        for path, (width, offset) in sorted(norms.items(), key=lambda item: order[item[0]]):
-            fitting = [of for of, layer, at in made if at == offset and getattr(layer, "out_channels", None) == width]
-            before = [of for of in fitting if order[of] < order[path]]
-            if before or len(fitting) == 1:
-                pairs.setdefault(max(before or fitting, key=order.__getitem__), path)
-    return pairs

@@ -6,8 +6,9 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from compress.errors import PruneError
 from compress.example import Example, arguments, fitting, shapes
 from compress.groups.assemble import assemble
-from compress.groups.graph import Graph, prepare, read
+from compress.groups.graph import Graph, norms_behind, prepare, read
 from compress.groups.prove import Bench, prove, prove_apart, prove_together
 from compress.groups.rules import propagate
 from compress.groups.twin import shared
@@ -105,7 +106,13 @@ def _found(model: nn.Module, graph: Graph, derived: Collection[str] = ()) -> tup
     classes, found, counts = propagate(graph, derived)
     ids = {name: found[name] for name in tensors(model) if name in found}
     groups, mixed = assemble(classes, ids, counts)
-    return tuple(_rigid(model, group) for group in groups), mixed
+    norms = norms_behind(graph)
+    return tuple(_rigid(model, _with_norms(group, norms)) for group in groups), mixed
+
+
+def _with_norms(group: Group, norms: Mapping[str, str]) -> Group:
+    own = {part.name.rpartition(".")[0] for part in group.slices}
+    return replace(group, norms=tuple(pair for pair in norms.items() if own.issuperset(pair)))
 
 
 def graph_of(model: nn.Module, example: Example) -> Graph:

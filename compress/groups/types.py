@@ -48,6 +48,7 @@ class Group:
     counts: tuple[Count, ...] = ()
     reads: tuple[Read, ...] = ()  # what may become counts; empty once the group is proved
     mixed: bool = False  # what is left takes other values when one leaves, as in a layer norm
+    norms: tuple[tuple[str, str], ...] = ()  # layers that make the channels, each with the batch norm right behind it
 
     def freeze(self, reason: str) -> Group:
         """The same group, marked as not to be cut; the first reason given stays."""

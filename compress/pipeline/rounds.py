@@ -156,7 +156,7 @@ def teacher(run: Run) -> nn.Module:
 
 
 def check(recipe: Recipe) -> None:
-    """What regularisers refuse of a recipe, before anything is read.
+    """What regularisers refuse of a recipe; nothing else is needed to see it.
 
     Raises:
         UsageError: wrong options, or several cuts with one that trains at the target's density from its first step.

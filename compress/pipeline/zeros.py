@@ -27,7 +27,7 @@ def is_fine(recipe: Recipe) -> bool:
 
 
 def check(recipe: Recipe, model: nn.Module) -> None:
-    """Everything that can be refused before any training.
+    """What granularity `weight` cannot do, refused before any training; what regularisers refuse: `rounds.check`.
 
     Raises:
         UsageError: a metric that zeros do not change exactly, or a score that ranks no single weight.

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from compress.errors import UsageError
 from compress.groups import Group
-from compress.groups.parts import norm_behind, rows, weights
+from compress.groups.parts import rows, weights
 from compress.regularize.closed import closed
 from compress.regularize.features import ACTIVATIONS, feature_modules, first_tensor, head
 from compress.regularize.flow import Flow
@@ -136,7 +136,7 @@ class Ffr:
 
     def _folded(self) -> dict[str, Tensor]:
         assert self._model is not None
-        behind = norm_behind(self._model, self._groups)
+        behind = dict(pair for group in self._groups for pair in group.norms)
         state = self._model.state_dict()
         found: dict[str, Tensor] = {}
         for group in self._groups:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from compress import ranks
 from compress.groups import Group
-from compress.groups.parts import layers, norm_behind
+from compress.groups.parts import layers
 
 MEMORY = 10  # looks over which the score is averaged (ours), as for CKA-SR
 ELEMENTS = 2**24  # of a product that is held at once: 64 MB
@@ -35,7 +35,7 @@ class Flow:
         self._seen: list[tuple[nn.Module, Tensor]] = []  # readers with what they read, of the present forward pass
         self._readers: dict[nn.Module, list[tuple[Group, Tensor]]] = {}  # and which inputs are whose
         self._norms: dict[nn.Module, Norm] = {}
-        behind = norm_behind(model, groups)
+        behind = dict(pair for group in groups for pair in group.norms)
         for group in (group for group in groups if group.frozen is None):
             for reader, part, places in layers(model, group, "in"):
                 path = part.name.rpartition(".")[0]

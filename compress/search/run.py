@@ -57,6 +57,7 @@ def search(
         CompressError: as pipeline.run; the search can be continued.
     """
     ranks.join()
+    pipeline.check(recipe)
     bench = Bench(recipe, model, info, folder.path, source_sha256, on_event, task, wanted)
     with ExitStack() as held:
         ranks.first(lambda: _hold(held, folder))

@@ -242,15 +242,15 @@ class _Phase:
         self._check_methods(content)
         try:
             self.model.load_state_dict(content["model"])
-        except RuntimeError as error:
+            self.optimizer.load_state_dict(content["optimizer"])
+            for regularizer, of_it in zip(self.regularizers, content["regularizers"], strict=True):
+                regularizer.load_state_dict(of_it)
+        except (RuntimeError, ValueError) as error:
             raise UsageError("the state was left by the training of another network; begin anew") from error
-        self.optimizer.load_state_dict(content["optimizer"])
         for parameter, kept in self.optimizer.state.items():  # the fused step goes through both as they lie in memory
             kept.update(
                 {k: torch.empty_like(parameter).copy_(v) for k, v in kept.items() if v.shape == parameter.shape}
             )
-        for regularizer, of_it in zip(self.regularizers, content["regularizers"], strict=True):
-            regularizer.load_state_dict(of_it)
         self.best = content["best"]
         log.info("resumed at epoch %d of %d", content["epoch"], self.settings.epochs)
         return Outcome(**content["outcome"]), int(content["epoch"])
