@@ -19,7 +19,7 @@ import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from cifar10 import Bench, bench_of, cell, describe_run, options, train_dense
@@ -29,7 +29,7 @@ from compress import checkpoint, data, inputs, train
 from compress.bench.machine import describe
 from compress.files import sha256
 from compress.models import ARCHS
-from compress.pipeline.context import FEW
+from compress.pipeline.context import augmentation
 
 ROWS = ("global", "global + distillation", "uniform + distillation", "compress")
 Key = tuple[str, float, int]  # row, keep, seed
@@ -82,7 +82,7 @@ def baseline(bench: Bench, key: Key) -> dict[str, Any]:
     loaded = inputs.load_data(read.info, str(bench.data), val_share=bench.val_share, seed=seed)
     mean, std = inputs.normalisation(read.info)
 
-    augment: Literal["auto", "none"] = "none" if bench.epochs < FEW else "auto"  # as `compress prune` has it
+    augment = augmentation(bench.epochs)  # as `compress prune` has it
 
     def loader(split: data.Split, *, training: bool = False) -> data.Loader:
         return data.loader(split, batch_size=128, mean=mean, std=std, train=training, augment=augment, seed=seed)

@@ -36,6 +36,11 @@ log = logging.getLogger(__name__)
 FEW = 10
 
 
+def augmentation(epochs: int) -> Literal["auto", "none"]:
+    """How images in memory are augmented in a run of so many epochs, unless its recipe says otherwise."""
+    return "none" if epochs < FEW else "auto"
+
+
 @dataclass(frozen=True)
 class Event:
     """Something a person may want to see: a stage begins, an epoch advances, a remark."""
@@ -108,7 +113,7 @@ class Run:
         if chosen != "auto" or not isinstance(self.data.train, MemorySplit) or not self.has("state/prepare.json"):
             return chosen
         counts = self.prepared["epochs"]
-        return "none" if sum(counts["sparse"]) + counts["recover"] < FEW else "auto"
+        return augmentation(sum(counts["sparse"]) + counts["recover"])
 
     def example(self, count: int = 1) -> Tensor:
         """The first `count` validation images as the network takes them, on the CPU: (count, C, H, W)."""

@@ -136,11 +136,10 @@ class Ffr:
 
     def _folded(self) -> dict[str, Tensor]:
         assert self._model is not None
-        behind = dict(pair for group in self._groups for pair in group.norms)
         state = self._model.state_dict()
         found: dict[str, Tensor] = {}
         for group in self._groups:
-            layers = []
+            layers, behind = [], dict(group.norms)
             for part, tensor in weights(self._model, group):
                 filters = rows(tensor.detach(), part, group.size).view(group.size, part.block, -1).abs().sum(2)
                 norm = behind.get(part.name.rpartition(".")[0])
