@@ -44,6 +44,7 @@ def quantize(
     ] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the runtime")] = 1,
     runtime: Annotated[str, typer.Option("--runtime", help="What the latency is measured on: see `bench`")] = "ort-cpu",
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Most to spend on the latency")] = 20.0,
     task: options.Task = None,
     input_size: options.InputSize = None,
     out: Annotated[Path | None, typer.Option("--out", help="Default: FILE.int8.onnx, beside the file")] = None,
@@ -62,13 +63,10 @@ def quantize(
     from compress.quantize import Setting, images_of, record
     from compress.quantize import quantize as make
 
-    chosen = {"batch": batch or 1, "threads": threads, "runtime": _runtime(runtime), "seed": seed or 0}
     setting = Setting(
-        _one_of("--to", to, get_args(To)),
-        _one_of("--calibration", calibration, get_args(Calibration)),
-        max_drop,
-        **chosen,
-    )
+        _one_of("--to", to, get_args(To)), _one_of("--calibration", calibration, get_args(Calibration)), max_drop,
+        batch=batch or 1, threads=threads, runtime=_runtime(runtime), seconds=seconds, seed=seed or 0,
+    )  # fmt: skip
     asked = _asked(source, out, setting, force=force)
     info, fixed = onnx_info(asked.source, input_size)
     if fixed is not None:

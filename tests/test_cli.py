@@ -93,7 +93,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path: Path) -> None:
         "--method",
         "l1",
         "--epochs",
-        "20",
+        "8",
         "--set",
         "data.image_size=8",
         "--out",
@@ -110,7 +110,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path: Path) -> None:
 
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, preexec_fn=listen) as process:
         assert process.stderr is not None
-        assert any("epoch 1/20" in line for line in process.stderr)
+        assert any("epoch 1/8" in line for line in process.stderr)
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert process.returncode == 130

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from compress.regularize import REGULARIZERS
+from tests.shell import call
 
 SECONDS = 120  # for one launch; a hang fails
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -137,10 +138,7 @@ def test_interrupted_and_resumed_by_the_other_launcher(root: Path, tmp_path: Pat
     assert [(line["phase"], line["epoch"]) for line in lines] == [("round-1", 0), ("recover", 0)]
     state = torch.load(out / "state" / "recover.pt", weights_only=True)
     assert not any(name.startswith("module.") for name in state["model"])
-    found = subprocess.run(
-        [sys.executable, "-m", "compress.cli", "verify", str(out)], cwd=root, timeout=SECONDS, capture_output=True
-    )
-    assert found.returncode == 0, found.stderr
+    assert call("verify", out).exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from compress.folder import RunFolder
 from compress.pipeline import epochs, run
 from compress.pipeline.context import span
 from compress.recipe import make
-from tests.shell import MODEL, answer
+from tests.shell import MODEL, answer, refusal
 
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 ARGUMENTS = [
     "--method",
     "halo",
@@ -49,21 +50,16 @@ def start(root: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
 
 
-def finish(process: subprocess.Popen[str]) -> None:
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-
-
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_killed_in_every_stage_and_resumed_it_ends_with_the_same_weights(root: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(start(root, "prune", "models/digits_resnet20.pt", *ARGUMENTS, "--out", str(whole)))
-    process = start(root, "prune", "models/digits_resnet20.pt", *ARGUMENTS, "--out", str(broken))
-    killed = 0
+    answer("prune", MODEL, *ARGUMENTS, "--out", whole)
+    begin, killed = ("prune", MODEL, *ARGUMENTS, "--out", str(broken)), 0
     for moment in MOMENTS:
+        process = start(root, *(("resume", str(broken), "-q") if killed else begin))
         deadline = time.monotonic() + 120
         while process.poll() is None and not (broken / moment).exists() and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -72,8 +68,7 @@ def test_killed_in_every_stage_and_resumed_it_ends_with_the_same_weights(root: P
             killed += 1
         process.communicate()
         assert (broken / moment).exists()
-        process = start(root, "resume", str(broken), "-q")
-    finish(process)
+    answer("resume", broken)
     assert killed == len(MOMENTS)
     assert sha256(whole / "pruned.safetensors") == sha256(broken / "pruned.safetensors")
     first, second = (json.loads((f / "report.json").read_text()) for f in (whole, broken))
@@ -197,12 +192,12 @@ def test_a_network_of_ones_own_is_pruned_by_file_size_and_resumed_from_elsewhere
 
 
 @pytest.mark.alone
-def test_a_latency_is_met_on_the_runtime_named(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_latency_is_met_on_the_runtime_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "run"
     given = ["--metric", "latency", "--target", "0.6", "--on", "ort-cpu:batch=4", "--epochs", "1", "--out", str(out)]
     given += ["--set", "bench.batches=[4]", "--set", "bench.seconds=1", "--set", "train.compile=off", "--round-to", "4"]
-    finish(start(root, "prune", "models/digits_resnet20.pt", *given, "-q"))
+    answer("prune", MODEL, *given, "-q")
     report = json.loads((out / "report.json").read_text())
     plan = json.loads((out / "state" / "round-1.json").read_text())["plan"]
     assert plan["reached"] in [one["measured"] for one in plan["tries"]]
@@ -212,14 +207,14 @@ def test_a_latency_is_met_on_the_runtime_named(root: Path, tmp_path: Path, monke
     assert (latency["batch"], latency["runtime"]) == (4, "ort-cpu")
     assert 0.3 < 1 / report["speedup"]["value"] < 0.9  # another measurement, on a machine that may not be quiet
     slower = ["--target-ms", str(2 * report["dense"]["latency_ms"]["p50"]), "--on", "ort-cpu:batch=4", "--dry-run"]
-    refused = start(root, "prune", "models/digits_resnet20.pt", *slower, "-q")
-    assert "the dense network takes" in refused.communicate(timeout=120)[1] and refused.returncode == 2
+    code, line = refusal("prune", MODEL, *slower, "-q")
+    assert code == 2 and "the dense network takes" in line
 
 
-def test_the_control_has_the_pruned_shapes_and_fresh_weights(root: Path, tmp_path: Path) -> None:
+def test_the_control_has_the_pruned_shapes_and_fresh_weights(tmp_path: Path) -> None:
     given = ["--target", "0.5", "--epochs", "1", "--set", "data.image_size=8", "--out", str(tmp_path / "run"), "-q"]
     given += ["--set", "bench.batches=[1]", "--set", "bench.seconds=1"]
-    finish(start(root, "prune", "models/digits_resnet20.pt", *given, "--set", "prune.redraw=true"))
+    answer("prune", MODEL, *given, "--set", "prune.redraw=true")
     state = tmp_path / "run" / "state"
     kept = json.loads((state / "round-1.json").read_text())["plan"]["kept"]
     dense, cut = (read(state / f"{name}.safetensors").tensors for name in ("dense", "round-1"))
@@ -228,7 +223,7 @@ def test_the_control_has_the_pruned_shapes_and_fresh_weights(root: Path, tmp_pat
     assert bool((cut[name] == 1).all()) and not bool((dense[name] == 1).any())
 
 
-def test_trackers_get_every_epoch(root: Path, tmp_path: Path) -> None:
+def test_trackers_get_every_epoch(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     given = ["--method", "l2", "--target", "0.5", "--epochs", "1", "--set", "data.image_size=8", "-q"]
     given += [
@@ -241,7 +236,7 @@ def test_trackers_get_every_epoch(root: Path, tmp_path: Path) -> None:
         "--out",
         str(tmp_path / "run"),
     ]
-    finish(start(root, "prune", "models/digits_resnet20.pt", *given))
+    answer("prune", MODEL, *given)
     assert list((tmp_path / "run" / "trackers").rglob("events.out.tfevents.*"))
 
 
@@ -260,22 +255,19 @@ def test_trackers_get_every_epoch(root: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_done(
-    root: Path, tmp_path: Path, arguments: list[str], code: int, text: str
+    tmp_path: Path, arguments: list[str], code: int, text: str
 ) -> None:
     out = [] if arguments == ["--resume"] else ["--out", str(tmp_path / "run")]
-    given = ["prune", "models/digits_resnet20.pt", "--method", "halo", "--epochs", "2", *arguments, *out]
-    process = start(root, *given, "--set", "data.image_size=8")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == code and text in err.replace("\n", " "), err
+    given = ["prune", MODEL, "--method", "halo", "--epochs", "2", *arguments, *out]
+    found, line = refusal(*given, "--set", "data.image_size=8")
+    assert found == code and text in line
     assert not (tmp_path / "run").exists()  # no stub is left behind
 
 
-def test_force_leaves_the_earlier_run_where_the_new_one_is_refused(root: Path, tmp_path: Path) -> None:
+def test_force_leaves_the_earlier_run_where_the_new_one_is_refused(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", "x: 3\n").path
     given = ("--method", "halo", "--set", "prune.options={halo: {xi: -1}}", "--out", str(folder), "--force")
-    process = start(root, "prune", "models/digits_resnet20.pt", *given)
-    process.communicate(timeout=120)
-    assert process.returncode == 2 and (folder / "recipe.yaml").read_text() == "x: 3\n"
+    assert refusal("prune", MODEL, *given)[0] == 2 and (folder / "recipe.yaml").read_text() == "x: 3\n"
 
 
 def test_the_network_must_fit_the_data(tmp_path: Path) -> None:
@@ -356,7 +348,6 @@ class TestRecipe:
             make(values, overrides)
 
 
-@pytest.mark.usefixtures("in_the_repository")
 def test_the_dense_control_keeps_every_channel_whatever_is_counted(tmp_path: Path) -> None:
     """--target 1 by file size: the margin that such a target leaves for the graph's own bytes must not cut."""
     options = ("--method", "l2", "--target", 1, "--metric", "size", "--epochs", 1, "--set", "data.image_size=8")

@@ -253,7 +253,7 @@ def test_the_command_on_a_run_and_on_a_file(run_folder: tuple[Path, Any], tmp_pa
     folder = copy(run_folder[0], tmp_path / "sent")
     code, line = refusal("quantize", folder)
     assert code == 2 and line.endswith("model.int8.onnx exists already; choose another --out or give --force")
-    found = answer("quantize", folder, "--to", "fp16")
+    found = answer("quantize", folder, "--to", "fp16", "--seconds", 1)
     assert found["onnx"] == str(folder / "model.fp16.onnx") and found["how"] == {"weights": "float16"}
     assert found["verdict"].endswith("float16 is for GPUs, this CPU computes it in float32")
     assert [*recorded(folder)] == ["model.int8.onnx", "model.fp16.onnx"]
@@ -261,7 +261,7 @@ def test_the_command_on_a_run_and_on_a_file(run_folder: tuple[Path, Any], tmp_pa
     report = json.loads((folder / "report.json").read_text())
     assert found["before"]["top1"] == report["pruned"]["top1"] and found["images"] == report["split"]["images"]
     assert report["quantized"]["file"] == "model.int8.onnx" and states(folder) == {}
-    again = answer("quantize", folder, "--images", 16, "--force")
+    again = answer("quantize", folder, "--images", 16, "--force", "--seconds", 1)
     told = json.loads((folder / "report.json").read_text())["quantized"]
     assert told["sha256"] == again["sha256"] != report["quantized"]["sha256"] and states(folder) == {}
 
@@ -282,7 +282,9 @@ def test_a_run_whose_file_cannot_be_quantised_is_finished_all_the_same(
     assert found["quantized"] is None and found["unquantized"] == why
     assert why in (folder / "report.html").read_text() and why in (folder / "README.md").read_text()
     assert states(folder) == {} and not (folder / "model.fp16.onnx").exists()
-    made = answer("quantize", folder, "--images", 16)  # another form is written later, and the report tells of it
+    made = answer(
+        "quantize", folder, "--images", 16, "--seconds", 1
+    )  # another form is written later, and the report tells of it
     told = json.loads((folder / "report.json").read_text())
     assert told["quantized"]["verdict"] == made["verdict"] and told["unquantized"] == ""
 
@@ -293,7 +295,7 @@ def test_a_file_that_takes_one_batch_is_measured_at_it(run_folder: tuple[Path, A
     onnx.save(proto, tmp_path / "fixed.onnx")
     code, line = refusal("quantize", tmp_path / "fixed.onnx", "--batch", 4)
     assert code == 2 and line.endswith("fixed.onnx takes batch 8 only; leave it out")
-    found = answer("quantize", tmp_path / "fixed.onnx", "--images", 16)
+    found = answer("quantize", tmp_path / "fixed.onnx", "--images", 16, "--seconds", 1)
     assert found["measurements"][0]["latency"]["batch"] == 8 and found["fidelity"]["batches"] == [8]
 
 

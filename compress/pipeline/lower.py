@@ -19,8 +19,9 @@ def quantize(run: Run) -> dict[str, Any]:
     part, bench = run.recipe.quantize, run.recipe.bench
     assert part.to != "none"
     setting = Setting(
-        part.to, part.calibration, batch=bench.batch, threads=bench.threads, runtime=bench.runtime, seed=run.recipe.seed
-    )
+        part.to, part.calibration, batch=bench.batch, threads=bench.threads, runtime=bench.runtime,
+        seconds=bench.seconds, seed=run.recipe.seed,
+    )  # fmt: skip
     images = images_of(run.data, inputs.normalisation(run.info), count=part.images, seed=run.recipe.seed)
     source = run.folder.path / "model.onnx"
     try:
