@@ -275,7 +275,15 @@ def test_a_run_whose_file_cannot_be_quantised_is_finished_all_the_same(
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "state" / "report.json").unlink()
     monkeypatch.setattr("compress.quantize.largest", lambda source, batches: 1e6)
+    asked = list[Setting]()
+
+    def make(source: Path, out: Path, setting: Setting, **given: Any) -> Any:
+        asked.append(setting)
+        return quantize(source, out, setting, **given)
+
+    monkeypatch.setattr("compress.pipeline.lower.make", make)
     result = call("resume", folder, "--json")
+    assert [setting.seconds for setting in asked] == [recipe["bench"]["seconds"]] == [1]
     why = "model.fp16.onnx would overflow: values reach 1e+06, float16 ends at 65504; take int8"
     assert result.exit_code == 0 and f"not quantised: {why}" in result.stderr.replace("\n", " ")
     found = json.loads(result.stdout)
