@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# --no-compile: the few modules that are imported are compiled then, in a fraction of the time that all of them take.
-INSTALL := $(BIN)/python -m pip --disable-pip-version-check -q install --no-compile -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: demo test lint wheel clean
 
@@ -25,15 +24,15 @@ wheel: $(VENV)/.tested
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) torch==2.13.0
-	$(INSTALL) -e .
+	$(PIP) install -c constraints.txt torch==2.13.0
+	$(PIP) install -c constraints.txt -e .
 	touch $@
 
 # timm and torchvision ask for a torch build of their own; without their dependencies they go with the one at hand.
 # transformers needs tokenizers and regex beside what is there already.
 $(VENV)/.tested: $(VENV)/.installed
-	$(INSTALL) -e ".[test,tracking,openvino]"
-	$(INSTALL) --no-deps timm torchvision transformers tokenizers regex
+	$(PIP) install -c constraints.txt -e ".[test,tracking,openvino]"
+	$(PIP) install -c constraints.txt --no-deps timm torchvision transformers tokenizers regex
 	touch $@
 
 clean:

@@ -5,8 +5,7 @@ away=$(mktemp -d)
 trap 'rm -rf "$away"' EXIT
 "$BIN"/python -m build --wheel --outdir "$away/dist" . >"$away/build.log" 2>&1 || { cat "$away/build.log"; exit 1; }
 "$PYTHON" -m venv "$away/venv"
-"$away"/venv/bin/python -m pip --disable-pip-version-check -q install --no-compile -c constraints.txt \
-    torch==2.13.0 "$away"/dist/*.whl
+"$away"/venv/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt torch==2.13.0 "$away"/dist/*.whl
 cp models/digits_resnet20.pt "$away/model.pt"
 cd "$away"
 venv/bin/compress --help >/dev/null
