@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def _declare_operators() -> torch.library.Library | None:
     return library
 
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; children would be deaf too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 _LIBRARY = _declare_operators()  # the declarations last as long as this object
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: the suite itself runs in several
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -105,10 +105,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path: Path) -> None:
     ]
     command = [*PYTHON, "prune", MODEL, *options]
 
-    def listen() -> None:  # a suite in the background of a shell is deaf to Ctrl-C, and so would be its children
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, preexec_fn=listen) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ONE_THREAD) as process:
         assert process.stderr is not None
         assert any("epoch 1/8" in line for line in process.stderr)
         process.send_signal(signal.SIGINT)

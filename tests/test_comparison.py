@@ -396,9 +396,7 @@ class TestCommandLine:
             (place / "state" / "round-1.pt").unlink()
         assert Children(tmp_path, grid, 1)._reused(second) == (["--reuse", str(place)] if is_shared else [])
 
-    def test_a_signal_to_this_process_alone_ends_the_runs(self, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-        given = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
-        request.addfinalizer(lambda: signal.signal(signal.SIGINT, given))
+    def test_a_signal_to_this_process_alone_ends_the_runs(self, tmp_path: Path) -> None:
         queue, ended = Queue(str(tmp_path / "queue"), "x", free), threading.Event()
         queue.fill(["a"])
 

@@ -23,7 +23,7 @@ def launch(root: Path, given: list[str], processes: int) -> str:
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(several if processes else []), *given]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -43,12 +43,16 @@ def test_a_loop_of_one_s_own(
     root: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "digits.onnx"
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", arguments(root, out, "own_loop.py", method))
     runpy.run_path(sys.argv[0], run_name="__main__")
     check(capsys.readouterr().out, out)
 
 
 @pytest.mark.parametrize(("method", "processes"), [("halo", 0), ("cka-sr", 2)])
-def test_with_accelerate(root: Path, tmp_path: Path, method: str, processes: int) -> None:
+def test_with_accelerate(
+    root: Path, tmp_path: Path, method: str, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "digits.onnx"
     check(launch(root, arguments(root, out, "with_accelerate.py", method), processes), out)

@@ -290,9 +290,8 @@ def test_a_run_whose_file_cannot_be_quantised_is_finished_all_the_same(
     assert found["quantized"] is None and found["unquantized"] == why
     assert why in (folder / "report.html").read_text() and why in (folder / "README.md").read_text()
     assert states(folder) == {} and not (folder / "model.fp16.onnx").exists()
-    made = answer(
-        "quantize", folder, "--images", 16, "--seconds", 1
-    )  # another form is written later, and the report tells of it
+    # another form is written later, and the report tells of it
+    made = answer("quantize", folder, "--images", 16, "--seconds", 1)
     told = json.loads((folder / "report.json").read_text())
     assert told["quantized"]["verdict"] == made["verdict"] and told["unquantized"] == ""
 
